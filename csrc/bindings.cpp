@@ -1,0 +1,215 @@
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <tuple>
+
+#include "balance.hpp"
+#include "build.hpp"
+#include "flows.hpp"
+#include "policy.hpp"
+
+// Arrays come as addresses with their shapes, so that the core needs no tensor library; the callers in Python
+// check dtypes, sizes and contiguity.
+namespace py = pybind11;
+
+namespace gflowgr {
+namespace {
+
+using Address = std::uintptr_t;
+// first_child, token, number of nodes
+using TrieArgs = std::tuple<Address, Address, std::int64_t>;
+// first_item, item_count, item_order, number of items
+using ItemArgs = std::tuple<Address, Address, Address, std::int64_t>;
+// data, dtype, shape (B, T, V), strides, first token
+using LogitsArgs = std::tuple<Address, int, std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t,
+                              std::int64_t, std::int64_t>;
+
+// log_rewards, log_z, weights, loss, residual
+using BalanceArgs = std::tuple<Address, Address, Address, Address, Address>;
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+Trie trie_of(const TrieArgs& args) {
+  const auto& [first_child, token, nodes] = args;
+  return {at<const std::int32_t>(first_child), at<const std::int32_t>(token), nodes};
+}
+
+ItemTrie item_trie_of(const TrieArgs& trie, const ItemArgs& args) {
+  const auto& [first_item, item_count, item_order, items] = args;
+  return {trie_of(trie), at<const std::int32_t>(first_item), at<const std::int32_t>(item_count),
+          at<const std::int32_t>(item_order), items};
+}
+
+template <class T>
+Logits<T> logits_of(const LogitsArgs& args) {
+  const auto& [data, dtype, batch, steps, width, batch_stride, step_stride, token_stride, first_token] = args;
+  return {at<const T>(data), batch, steps, width, batch_stride, step_stride, token_stride, first_token};
+}
+
+template <class S>
+Balance<S> balance_of(const BalanceArgs& args) {
+  const auto& [log_rewards, log_z, weights, loss, residual] = args;
+  return {at<const S>(log_rewards), at<const S>(log_z), at<const S>(weights), at<S>(loss), at<S>(residual)};
+}
+
+// Runs body(T*) for the logits' dtype without the interpreter's lock.
+template <class Body>
+void for_dtype_of(const LogitsArgs& logits, const Body& body) {
+  py::gil_scoped_release release;
+  dispatch(static_cast<Dtype>(std::get<1>(logits)), body);
+}
+
+py::array_t<std::int32_t> adopt(std::vector<std::int32_t>&& values) {
+  auto owner = std::make_unique<std::vector<std::int32_t>>(std::move(values));
+  const auto* data = owner->data();
+  const auto size = static_cast<py::ssize_t>(owner->size());
+  py::capsule keeper(owner.release(), [](void* held) { delete static_cast<std::vector<std::int32_t>*>(held); });
+  return py::array_t<std::int32_t>(size, data, keeper);
+}
+
+template <class Token>
+py::dict build(const py::array_t<Token, py::array::c_style>& rows) {
+  if (rows.ndim() != 2) throw std::invalid_argument("sequences needs two dimensions");
+  const Token* data = rows.data();
+  const std::int64_t items = rows.shape(0), levels = rows.shape(1);
+  TrieArrays arrays;
+  {
+    py::gil_scoped_release release;
+    arrays = build_trie(data, items, levels);
+  }
+  py::dict result;
+  result["first_child"] = adopt(std::move(arrays.first_child));
+  result["token"] = adopt(std::move(arrays.token));
+  result["first_item"] = adopt(std::move(arrays.first_item));
+  result["item_count"] = adopt(std::move(arrays.item_count));
+  result["item_order"] = adopt(std::move(arrays.item_order));
+  result["item_node"] = adopt(std::move(arrays.item_node));
+  return result;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, module) {
+  module.doc() = "The C++ core: builds tries and runs the ops on the CPU.";
+
+  module.def("build_trie", &build<std::int32_t>, py::arg("rows").noconvert());
+  module.def("build_trie", &build<std::int64_t>, py::arg("rows").noconvert());
+
+  module.def("walk", [](const TrieArgs& trie, Address tokens, Address start, std::int64_t batch, std::int64_t steps,
+                        Address nodes, int threads) {
+    py::gil_scoped_release release;
+    walk(trie_of(trie), at<const std::int64_t>(tokens), at<const std::int64_t>(start), batch, steps,
+         at<std::int64_t>(nodes), threads);
+  });
+
+  module.def("log_softmax",
+             [](const TrieArgs& trie, const LogitsArgs& logits, Address nodes, Address out, int threads) {
+               for_dtype_of(logits, [&]<class T>(T*) {
+                 log_softmax(trie_of(trie), logits_of<T>(logits), at<const std::int64_t>(nodes), at<Sum<T>>(out), threads);
+               });
+             });
+
+  // `dtype` is the logits'; `grad` and `log_probs` have its accumulation type.
+  module.def("log_softmax_backward", [](const TrieArgs& trie, const LogitsArgs& grad, int dtype, Address log_probs,
+                                        Address nodes, Address grad_logits, int threads) {
+    py::gil_scoped_release release;
+    dispatch(static_cast<Dtype>(dtype), [&]<class T>(T*) {
+      log_softmax_backward<T>(trie_of(trie), logits_of<Sum<T>>(grad), at<const Sum<T>>(log_probs),
+                              at<const std::int64_t>(nodes), at<T>(grad_logits), threads);
+    });
+  });
+
+  module.def("token_log_probs", [](const TrieArgs& trie, const LogitsArgs& logits, Address tokens, Address start,
+                                   Address out, int threads) {
+    for_dtype_of(logits, [&]<class T>(T*) {
+      token_log_probs(trie_of(trie), logits_of<T>(logits), at<const std::int64_t>(tokens),
+                      at<const std::int64_t>(start), at<Sum<T>>(out), threads);
+    });
+  });
+
+  module.def("token_log_probs_backward", [](const TrieArgs& trie, const LogitsArgs& logits, Address tokens,
+                                            Address start, Address grad, Address grad_logits, int threads) {
+    for_dtype_of(logits, [&]<class T>(T*) {
+      token_log_probs_backward(trie_of(trie), logits_of<T>(logits), at<const std::int64_t>(tokens),
+                               at<const std::int64_t>(start), at<const Sum<T>>(grad), at<T>(grad_logits), threads);
+    });
+  });
+
+  module.def("sample", [](const TrieArgs& trie, const LogitsArgs& logits, Address nodes, Address uniform,
+                          double temperature, Address out_tokens, Address out_nodes, Address out_log_probs, int threads) {
+    for_dtype_of(logits, [&]<class T>(T*) {
+      sample(trie_of(trie), logits_of<T>(logits), at<const std::int64_t>(nodes), at<const double>(uniform), temperature,
+             at<std::int64_t>(out_tokens), at<std::int64_t>(out_nodes), at<Sum<T>>(out_log_probs), threads);
+    });
+  });
+
+  // `weights` and `mask` may be 0: all weights 1, all steps count.
+  module.def("trajectory_balance", [](int dtype, Address log_probs, Address mask, std::int64_t batch,
+                                      std::int64_t steps, const BalanceArgs& balance) {
+    py::gil_scoped_release release;
+    dispatch(static_cast<Dtype>(dtype), [&]<class T>(T*) {
+      trajectory_balance(at<const Sum<T>>(log_probs), at<const bool>(mask), batch, steps, balance_of<Sum<T>>(balance));
+    });
+  });
+
+  module.def("trajectory_balance_backward", [](int dtype, Address grad_residual, Address mask, std::int64_t batch,
+                                               std::int64_t steps, Address grad_log_probs) {
+    py::gil_scoped_release release;
+    dispatch(static_cast<Dtype>(dtype), [&]<class T>(T*) {
+      trajectory_balance_backward(at<const Sum<T>>(grad_residual), at<const bool>(mask), batch, steps,
+                                  at<Sum<T>>(grad_log_probs));
+    });
+  });
+
+  module.def("trie_trajectory_balance", [](const TrieArgs& trie, const LogitsArgs& logits, Address tokens,
+                                           Address start, const BalanceArgs& balance, int threads) {
+    for_dtype_of(logits, [&]<class T>(T*) {
+      trie_trajectory_balance(trie_of(trie), logits_of<T>(logits), at<const std::int64_t>(tokens),
+                              at<const std::int64_t>(start), balance_of<Sum<T>>(balance), threads);
+    });
+  });
+
+  module.def("log_flows", [](const TrieArgs& trie, const ItemArgs& items, int dtype, Address log_rewards,
+                             std::int64_t batch, Address out, int threads) {
+    py::gil_scoped_release release;
+    dispatch(static_cast<Dtype>(dtype), [&]<class T>(T*) {
+      log_flows(item_trie_of(trie, items), at<const Sum<T>>(log_rewards), batch, at<Sum<T>>(out), threads);
+    });
+  });
+
+  module.def("log_flows_backward", [](const TrieArgs& trie, const ItemArgs& items, int dtype, Address grad,
+                                      Address log_rewards, Address flows, std::int64_t batch, Address grad_rewards,
+                                      int threads) {
+    py::gil_scoped_release release;
+    dispatch(static_cast<Dtype>(dtype), [&]<class T>(T*) {
+      log_flows_backward(item_trie_of(trie, items), at<const Sum<T>>(grad), at<const Sum<T>>(log_rewards),
+                         at<const Sum<T>>(flows), batch, at<Sum<T>>(grad_rewards), threads);
+    });
+  });
+
+  module.def("flow_matching", [](const TrieArgs& trie, const LogitsArgs& logits, Address nodes, Address flows,
+                                 std::int64_t rows_per_flow, Address divergence, int threads) {
+    for_dtype_of(logits, [&]<class T>(T*) {
+      flow_matching(trie_of(trie), logits_of<T>(logits), at<const std::int64_t>(nodes), at<const Sum<T>>(flows),
+                    rows_per_flow, at<Sum<T>>(divergence), threads);
+    });
+  });
+
+  // `grad_flows` may be 0: then that gradient is not made.
+  module.def("flow_matching_backward",
+             [](const TrieArgs& trie, const LogitsArgs& logits, Address nodes, Address flows,
+                std::int64_t rows_per_flow, Address grad, Address grad_logits, Address grad_flows, int threads) {
+               for_dtype_of(logits, [&]<class T>(T*) {
+                 flow_matching_backward(trie_of(trie), logits_of<T>(logits), at<const std::int64_t>(nodes),
+                                        at<const Sum<T>>(flows), rows_per_flow, at<const Sum<T>>(grad),
+                                        at<T>(grad_logits), at<Sum<T>>(grad_flows), threads);
+               });
+             });
+}
+
+}  // namespace gflowgr

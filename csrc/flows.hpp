@@ -1,0 +1,157 @@
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "policy.hpp"
+
+// Flows in closed form: F(s) is the sum of the rewards of the items at or under s.
+namespace gflowgr {
+
+// Items at or under a node are item_order[first_item[node]] .. for item_count[node]; those that end there first.
+struct ItemTrie {
+  Trie trie;
+  const std::int32_t* first_item;
+  const std::int32_t* item_count;
+  const std::int32_t* item_order;
+  std::int64_t items;
+
+  std::int64_t ending_at(std::int64_t node) const {
+    std::int64_t ending = item_count[node];
+    const Children kids = trie.children(node);
+    for (std::int64_t child = 0; child < kids.count; ++child) ending -= item_count[kids.first + child];
+    return ending;
+  }
+};
+
+// log_flows (B, nodes) from log_rewards (B, N): each node sums its own items and its children, deepest first.
+template <class S>
+void log_flows(const ItemTrie& tree, const S* log_rewards, std::int64_t batch, S* log_flows, int threads) {
+  const Trie& trie = tree.trie;
+  parallel_for(batch, 1, threads, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t b = begin; b < end; ++b) {
+      const S* rewards = log_rewards + b * tree.items;
+      S* flows = log_flows + b * trie.nodes;
+      for (std::int64_t node = trie.nodes - 1; node >= 0; --node) {
+        const Children kids = trie.children(node);
+        const std::int64_t ending = kids.count == 0 ? tree.item_count[node] : tree.ending_at(node);
+        const std::int32_t* own = tree.item_order + tree.first_item[node];
+        const S* below = flows + kids.first;
+        if (ending + kids.count == 1) {
+          flows[node] = ending == 1 ? rewards[own[0]] : below[0];
+          continue;
+        }
+        S peak = -std::numeric_limits<S>::infinity();
+        const auto raise = [&](S value) { peak = value > peak || std::isnan(value) ? value : peak; };
+        for (std::int64_t i = 0; i < ending; ++i) raise(rewards[own[i]]);
+        for (std::int64_t i = 0; i < kids.count; ++i) raise(below[i]);
+        if (std::isinf(peak)) {
+          flows[node] = peak;
+          continue;
+        }
+        double total = 0;
+        for (std::int64_t i = 0; i < ending; ++i) total += std::exp(rewards[own[i]] - peak);
+        for (std::int64_t i = 0; i < kids.count; ++i) total += std::exp(below[i] - peak);
+        flows[node] = peak + static_cast<S>(std::log(total));
+      }
+    }
+  });
+}
+
+// grad_rewards (B, N): what reaches a node is its own gradient and its share exp(F(s) - F(parent)) of the parent's.
+template <class S>
+void log_flows_backward(const ItemTrie& tree, const S* grad, const S* log_rewards, const S* log_flows,
+                        std::int64_t batch, S* grad_rewards, int threads) {
+  const Trie& trie = tree.trie;
+  parallel_for(batch, 1, threads, [&](std::int64_t begin, std::int64_t end) {
+    std::vector<double> reaching(trie.nodes);
+    for (std::int64_t b = begin; b < end; ++b) {
+      const S* rewards = log_rewards + b * tree.items;
+      const S* flows = log_flows + b * trie.nodes;
+      std::copy(grad + b * trie.nodes, grad + (b + 1) * trie.nodes, reaching.begin());
+      for (std::int64_t node = 0; node < trie.nodes; ++node) {
+        const bool carries = flows[node] > -std::numeric_limits<S>::infinity();
+        const auto share = [&](S part) { return carries ? reaching[node] * std::exp(part - flows[node]) : 0.0; };
+        const Children kids = trie.children(node);
+        for (std::int64_t i = 0; i < kids.count; ++i) reaching[kids.first + i] += share(flows[kids.first + i]);
+        const std::int64_t ending = kids.count == 0 ? tree.item_count[node] : tree.ending_at(node);
+        const std::int32_t* own = tree.item_order + tree.first_item[node];
+        for (std::int64_t i = 0; i < ending; ++i) grad_rewards[b * tree.items + own[i]] = static_cast<S>(share(rewards[own[i]]));
+      }
+    }
+  });
+}
+
+// The flow-matching divergence of one row: KL(p* || P_F) over the children, p* the softmax of their flows.
+template <class S>
+struct ChildTarget {
+  Policy<S> policy, target;
+  bool has_choice = false;
+
+  template <class T>
+  S read(const T* row, std::int64_t stride, const S* flows, const Children& kids) {
+    has_choice = false;
+    if (kids.count < 2) return 0;
+    S most = -std::numeric_limits<S>::infinity();
+    for (std::int64_t child = 0; child < kids.count; ++child)
+      if (!(flows[kids.first + child] <= most)) most = flows[kids.first + child];
+    if (most == -std::numeric_limits<S>::infinity()) return 0;
+    has_choice = true;
+    indices_.resize(kids.count);
+    for (std::int64_t child = 0; child < kids.count; ++child) indices_[child] = static_cast<std::int32_t>(child);
+    policy.read(row, stride, kids);
+    target.read(flows + kids.first, 1, {indices_.data(), 0, kids.count});
+    double divergence = 0;
+    for (std::int64_t child = 0; child < kids.count; ++child) {
+      const S log_target = target.log_prob(child);
+      if (log_target == -std::numeric_limits<S>::infinity()) continue;
+      divergence += std::exp(log_target) * (log_target - policy.log_prob(child));
+    }
+    return static_cast<S>(divergence);
+  }
+
+ private:
+  std::vector<std::int32_t> indices_;
+};
+
+// divergence (rows,); `rows_per_flow` consecutive rows share a row of log_flows (rows / rows_per_flow, nodes).
+template <class T>
+void flow_matching(const Trie& trie, const Logits<T>& logits, const std::int64_t* nodes, const Sum<T>* log_flows,
+                   std::int64_t rows_per_flow, Sum<T>* divergence, int threads) {
+  parallel_for(logits.rows(), kRowGrain, threads, [&](std::int64_t begin, std::int64_t end) {
+    ChildTarget<Sum<T>> row;
+    for (std::int64_t r = begin; r < end; ++r)
+      divergence[r] = row.read(logits.row(r), logits.token_stride, log_flows + r / rows_per_flow * trie.nodes,
+                               trie.children(nodes[r]));
+  });
+}
+
+// grad_logits (B, T, V) and, unless null, grad_flows (like log_flows), both zeroed.
+template <class T>
+void flow_matching_backward(const Trie& trie, const Logits<T>& logits, const std::int64_t* nodes,
+                            const Sum<T>* log_flows, std::int64_t rows_per_flow, const Sum<T>* grad, T* grad_logits,
+                            Sum<T>* grad_flows, int threads) {
+  const std::int64_t groups = rows_per_flow > 0 ? logits.rows() / rows_per_flow : 0;
+  // Rows that share flows stay on one thread, so their sums have one order.
+  parallel_for(groups, std::max<std::int64_t>(1, kRowGrain / std::max<std::int64_t>(rows_per_flow, 1)), threads,
+               [&](std::int64_t begin, std::int64_t end) {
+                 ChildTarget<Sum<T>> row;
+                 for (std::int64_t r = begin * rows_per_flow; r < end * rows_per_flow; ++r) {
+                   const std::int64_t offset = r / rows_per_flow * trie.nodes;
+                   const Children kids = trie.children(nodes[r]);
+                   const double divergence = row.read(logits.row(r), logits.token_stride, log_flows + offset, kids);
+                   if (!row.has_choice) continue;
+                   for (std::int64_t child = 0; child < kids.count; ++child) {
+                     const Sum<T> log_policy = row.policy.log_prob(child), log_target = row.target.log_prob(child);
+                     const double probability = std::exp(log_policy), target = std::exp(log_target);
+                     grad_logits[r * logits.width + kids.tokens[child]] = narrow<T>(grad[r] * (probability - target));
+                     if (grad_flows != nullptr && target > 0)
+                       grad_flows[offset + kids.first + child] +=
+                           static_cast<Sum<T>>(grad[r] * target * (log_target - log_policy - divergence));
+                   }
+                 }
+               });
+}
+
+}  // namespace gflowgr

@@ -1,0 +1,219 @@
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "parallel.hpp"
+#include "scalar.hpp"
+#include "trie.hpp"
+
+// The forward policy P_F: the softmax of the logits over the children of a node. Everything here touches the
+// children only. Shapes: B batch, T steps, V width; arrays without strides are contiguous.
+namespace gflowgr {
+
+constexpr std::int64_t kRowGrain = 16;
+
+// Logits (B, T, V) with any strides; column c belongs to token first_token + c.
+template <class T>
+struct Logits {
+  const T* data;
+  std::int64_t batch, steps, width;
+  std::int64_t batch_stride, step_stride, token_stride;
+  std::int64_t first_token;
+
+  std::int64_t rows() const { return batch * steps; }
+  const T* row(std::int64_t index) const {
+    return data + index / steps * batch_stride + index % steps * step_stride - first_token * token_stride;
+  }
+};
+
+template <class T>
+using Sum = decltype(widen(T{}));
+
+// The children's logits of one row, and what a softmax needs of them.
+template <class S>
+class Policy {
+ public:
+  template <class T>
+  void read(const T* row, std::int64_t stride, const Children& kids) {
+    values_.resize(kids.count);
+    peak_ = -std::numeric_limits<S>::infinity();
+    for (std::int64_t child = 0; child < kids.count; ++child) {
+      const S value = widen(row[kids.tokens[child] * stride]);
+      values_[child] = value;
+      peak_ = value > peak_ || std::isnan(value) ? value : peak_;
+    }
+    total_ = 0;
+    for (const S value : values_) total_ += std::exp(value - peak_);
+    log_total_ = std::log(total_);
+  }
+  S log_prob(std::int64_t child) const { return (values_[child] - peak_) - static_cast<S>(log_total_); }
+  S value(std::int64_t child) const { return values_[child]; }
+  S peak() const { return peak_; }
+
+ private:
+  std::vector<S> values_;
+  S peak_ = 0;
+  double total_ = 0, log_total_ = 0;
+};
+
+// The node after each token of (B, T), from start (B,); -1 from the first miss on.
+inline void walk(const Trie& trie, const std::int64_t* tokens, const std::int64_t* start, std::int64_t batch,
+                 std::int64_t steps, std::int64_t* nodes, int threads) {
+  parallel_for(batch, 4 * kRowGrain, threads, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t b = begin; b < end; ++b) {
+      std::int64_t node = start[b];
+      for (std::int64_t t = 0; t < steps; ++t) nodes[b * steps + t] = node = trie.step(node, tokens[b * steps + t]);
+    }
+  });
+}
+
+// out (B, T, V): log-probs over the children of nodes (B, T), -inf elsewhere.
+template <class T>
+void log_softmax(const Trie& trie, const Logits<T>& logits, const std::int64_t* nodes, Sum<T>* out, int threads) {
+  parallel_for(logits.rows(), kRowGrain, threads, [&](std::int64_t begin, std::int64_t end) {
+    Policy<Sum<T>> policy;
+    for (std::int64_t r = begin; r < end; ++r) {
+      Sum<T>* row = out + r * logits.width;
+      std::fill(row, row + logits.width, -std::numeric_limits<Sum<T>>::infinity());
+      const Children kids = trie.children(nodes[r]);
+      if (kids.count == 1) row[kids.tokens[0]] = 0;
+      if (kids.count < 2) continue;
+      policy.read(logits.row(r), logits.token_stride, kids);
+      for (std::int64_t child = 0; child < kids.count; ++child) row[kids.tokens[child]] = policy.log_prob(child);
+    }
+  });
+}
+
+// grad_logits (B, T, V), zeroed: grad - P_F * sum of grad over the children, from log_probs = log_softmax's out.
+template <class T>
+void log_softmax_backward(const Trie& trie, const Logits<Sum<T>>& grad, const Sum<T>* log_probs,
+                          const std::int64_t* nodes, T* grad_logits, int threads) {
+  parallel_for(grad.rows(), kRowGrain, threads, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t r = begin; r < end; ++r) {
+      const Children kids = trie.children(nodes[r]);
+      if (kids.count < 2) continue;
+      const Sum<T>* row = grad.row(r);
+      double total = 0;
+      for (std::int64_t child = 0; child < kids.count; ++child) total += row[kids.tokens[child] * grad.token_stride];
+      for (std::int64_t child = 0; child < kids.count; ++child) {
+        const std::int64_t token = kids.tokens[child];
+        const double probability = std::exp(log_probs[r * grad.width + token]);
+        grad_logits[r * grad.width + token] = narrow<T>(row[token * grad.token_stride] - probability * total);
+      }
+    }
+  });
+}
+
+// Calls visit(step, node, next) for the steps of one path that are on the trie, where next = -1 off it;
+// returns the number of steps before the padding.
+template <class Visit>
+std::int64_t follow(const Trie& trie, std::int64_t node, const std::int64_t* tokens, std::int64_t steps,
+                    const Visit& visit) {
+  std::int64_t t = 0;
+  for (; t < steps && tokens[t] >= 0; ++t) {
+    const std::int64_t next = trie.step(node, tokens[t]);
+    visit(t, node, next);
+    node = next;
+  }
+  return t;
+}
+
+// out (B, T): log P_F of tokens (B, T) from the nodes start (B,); 0 from a -1 on, -inf from a miss on.
+template <class T>
+void token_log_probs(const Trie& trie, const Logits<T>& logits, const std::int64_t* tokens, const std::int64_t* start,
+                     Sum<T>* out, int threads) {
+  const std::int64_t steps = logits.steps;
+  parallel_for(logits.batch, std::max<std::int64_t>(1, kRowGrain / std::max<std::int64_t>(steps, 1)), threads,
+               [&](std::int64_t begin, std::int64_t end) {
+                 Policy<Sum<T>> policy;
+                 for (std::int64_t b = begin; b < end; ++b) {
+                   Sum<T>* row = out + b * steps;
+                   const std::int64_t length =
+                       follow(trie, start[b], tokens + b * steps, steps,
+                              [&](std::int64_t t, std::int64_t node, std::int64_t next) {
+                                row[t] = -std::numeric_limits<Sum<T>>::infinity();
+                                if (next < 0) return;
+                                const Children kids = trie.children(node);
+                                row[t] = 0;
+                                if (kids.count < 2) return;
+                                policy.read(logits.row(b * steps + t), logits.token_stride, kids);
+                                row[t] = policy.log_prob(next - kids.first);
+                              });
+                   std::fill(row + length, row + steps, Sum<T>{0});
+                 }
+               });
+}
+
+// grad_logits (B, T, V), zeroed: grad (B, T) times (1[token] - P_F) over the children.
+template <class T>
+void token_log_probs_backward(const Trie& trie, const Logits<T>& logits, const std::int64_t* tokens,
+                              const std::int64_t* start, const Sum<T>* grad, T* grad_logits, int threads) {
+  const std::int64_t steps = logits.steps;
+  parallel_for(logits.batch, std::max<std::int64_t>(1, kRowGrain / std::max<std::int64_t>(steps, 1)), threads,
+               [&](std::int64_t begin, std::int64_t end) {
+                 Policy<Sum<T>> policy;
+                 for (std::int64_t b = begin; b < end; ++b) {
+                   follow(trie, start[b], tokens + b * steps, steps,
+                          [&](std::int64_t t, std::int64_t node, std::int64_t next) {
+                            const Children kids = trie.children(node);
+                            if (next < 0 || kids.count < 2) return;
+                            const std::int64_t r = b * steps + t;
+                            policy.read(logits.row(r), logits.token_stride, kids);
+                            T* row = grad_logits + r * logits.width - logits.first_token;
+                            for (std::int64_t child = 0; child < kids.count; ++child) {
+                              const double hit = kids.first + child == next ? 1.0 : 0.0;
+                              row[kids.tokens[child]] = narrow<T>(grad[r] * (hit - std::exp(policy.log_prob(child))));
+                            }
+                          });
+                 }
+               });
+}
+
+// Draws a child of each node by inverting the CDF of softmax(logits / temperature) at uniform in [0, 1);
+// log-probs are those of temperature 1. (-1, -1, 0) where a node has no children.
+template <class T>
+void sample(const Trie& trie, const Logits<T>& logits, const std::int64_t* nodes, const double* uniform,
+            double temperature, std::int64_t* out_tokens, std::int64_t* out_nodes, Sum<T>* out_log_probs, int threads) {
+  using S = Sum<T>;
+  parallel_for(logits.rows(), kRowGrain, threads, [&](std::int64_t begin, std::int64_t end) {
+    Policy<S> policy;
+    std::vector<double> mass;
+    for (std::int64_t r = begin; r < end; ++r) {
+      const Children kids = trie.children(nodes[r]);
+      if (kids.count == 0) {
+        out_tokens[r] = out_nodes[r] = -1;
+        out_log_probs[r] = 0;
+        continue;
+      }
+      std::int64_t drawn = 0;
+      S log_prob = 0;
+      if (kids.count > 1) {
+        policy.read(logits.row(r), logits.token_stride, kids);
+        mass.resize(kids.count);
+        double total = 0;
+        for (std::int64_t child = 0; child < kids.count; ++child) {
+          mass[child] = std::exp((policy.value(child) - policy.peak()) / temperature);
+          total += mass[child];
+        }
+        // The last child with mass stays drawn when rounding leaves the target above the sum.
+        const double target = uniform[r] * total;
+        double reached = 0;
+        for (std::int64_t child = 0; child < kids.count; ++child) {
+          if (!(mass[child] > 0)) continue;
+          drawn = child;
+          reached += mass[child];
+          if (reached > target) break;
+        }
+        log_prob = policy.log_prob(drawn);
+      }
+      out_tokens[r] = kids.tokens[drawn];
+      out_nodes[r] = kids.first + drawn;
+      out_log_probs[r] = log_prob;
+    }
+  });
+}
+
+}  // namespace gflowgr

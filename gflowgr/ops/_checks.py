@@ -1,0 +1,123 @@
+"""What every op asks of its arguments before a kernel sees them."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from gflowgr import reference
+
+REDUCTIONS = ("mean", "sum", "none")
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+class CatalogueTrie(reference.ItemTrie, Protocol):
+    """What the ops read of a `PrefixTrie`."""
+
+    @property
+    def first_item(self) -> Tensor: ...
+    @property
+    def item_count(self) -> Tensor: ...
+    @property
+    def item_order(self) -> Tensor: ...
+    @property
+    def max_token(self) -> int: ...
+    @property
+    def max_depth(self) -> int: ...
+    @property
+    def num_items(self) -> int: ...
+    @property
+    def num_nodes(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def token_ranges(self) -> tuple[tuple[int, int], ...]: ...
+
+
+def tensor(name: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}, needs a torch.Tensor")
+    return value
+
+
+def floats(name: str, value: Any, dims: int) -> Tensor:
+    value = tensor(name, value)
+    if value.dtype not in _FLOATS:
+        raise TypeError(f"{name} has dtype {value.dtype}, needs one of float32, float64, bfloat16, float16")
+    if value.dim() < dims:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, needs at least {dims} dimension(s)")
+    return value
+
+
+def integers(name: str, value: Any, shape: torch.Size) -> Tensor:
+    value = tensor(name, value)
+    if value.dtype not in _INTEGERS:
+        raise TypeError(f"{name} has dtype {value.dtype}, needs integers")
+    if value.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, needs {tuple(shape)}")
+    return value.to(torch.int64)
+
+
+def shaped(name: str, value: Tensor, shape: torch.Size) -> Tensor:
+    if value.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, needs {tuple(shape)}")
+    return value
+
+
+def per_trajectory(name: str, value: Any, like: Tensor) -> Tensor:
+    """`value`, a number or one float for each trajectory, as a tensor of the shape and dtype of `like`."""
+    if isinstance(value, (int, float)):
+        return torch.full_like(like, value)
+    value = floats(name, value, 0)
+    same_device(name, value, like.device)
+    if value.dim() and value.shape != like.shape:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, needs a scalar or {tuple(like.shape)}")
+    return value.to(like.dtype).expand(like.shape)
+
+
+def same_device(name: str, value: Any, device: torch.device) -> None:
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device}, needs {device} like the other arguments")
+
+
+def trie_for(trie: CatalogueTrie, device: torch.device, width: int | None = None) -> None:
+    """Checks that `trie` is one, on that device, with tokens below `width`."""
+    if not (hasattr(trie, "first_child") and hasattr(trie, "token_ranges")):
+        raise TypeError(f"trie is a {type(trie).__name__}, needs a gflowgr.PrefixTrie")
+    if trie.device != device:
+        raise ValueError(f"trie is on {trie.device}, needs {device}; move it with trie.to({str(device)!r})")
+    if width is not None and trie.max_token >= width:
+        raise ValueError(f"trie has the token {trie.max_token}, needs tokens below the vocabulary's size, {width}")
+
+
+def mask_like(mask: Any, like: Tensor) -> Tensor | None:
+    if mask is None:
+        return None
+    mask = tensor("mask", mask)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask has dtype {mask.dtype}, needs torch.bool")
+    same_device("mask", mask, like.device)
+    return shaped("mask", mask, like.shape)
+
+
+def reduction_name(reduction: str) -> str:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction is {reduction!r}, needs one of {REDUCTIONS}")
+    return reduction
+
+
+def start_nodes(start: int | Tensor, tokens: Tensor) -> Tensor:
+    if isinstance(start, int):
+        return torch.full(tokens.shape[:-1], start, dtype=torch.int64, device=tokens.device)
+    same_device("start", start, tokens.device)
+    return integers("start", start, tokens.shape[:-1])
+
+
+def as_paths(logits: Tensor) -> Tensor:
+    """Logits (..., T, V) as (B, T, V); a view wherever the strides allow one."""
+    if logits.dim() == 3:
+        return logits
+    return logits.unsqueeze(0) if logits.dim() == 2 else logits.flatten(0, -3)

@@ -1,0 +1,223 @@
+"""Trajectory balance, from log-probs or fused with the forward policy, and its variant without Z."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gflowgr import reference
+from gflowgr.ops import _checks
+from gflowgr.ops._registry import register, register_composite, resolve_backend
+
+
+def trajectory_balance(
+    log_probs: Tensor,
+    log_rewards: Tensor,
+    log_z: Tensor | float,
+    *,
+    mask: Tensor | None = None,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """weights * (log Z + sum of log P_F - log R)^2 (Malkin et al. 2022, eq. 14, with P_B = 1 on a tree).
+
+    Args:
+        log_probs: (..., T) floats, one row a trajectory.
+        log_rewards: (...) floats.
+        log_z: (...) floats or a scalar.
+        mask: (..., T) bool, True = counts.
+        weights: (...) floats, constants; "mean" divides by the number of trajectories, not by their sum.
+        reduction: "mean", "sum" or "none".
+        backend: "auto", "cpp", "triton" or "torch".
+
+    Returns:
+        The loss, a scalar, or (...) for "none"; differentiable in `log_probs`, `log_rewards` and `log_z`.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape or device.
+        RuntimeError: `backend` cannot serve here.
+    """
+    log_probs = _checks.floats("log_probs", log_probs, 1)
+    log_probs = log_probs.to(reference.accumulation_dtype(log_probs.dtype))
+    _checks.reduction_name(reduction)
+    mask = _checks.mask_like(mask, log_probs)
+    like = log_probs.detach()[..., 0] if log_probs.shape[-1] else log_probs.detach().sum(-1)
+    log_rewards = _checks.per_trajectory("log_rewards", log_rewards, like)
+    log_z = _checks.per_trajectory("log_z", log_z, like)
+    weights = None if weights is None else _checks.per_trajectory("weights", weights, like).detach()
+    backend = resolve_backend(backend, "trajectory_balance", log_probs.device)
+    if backend == "torch":
+        residual = reference.trajectory_balance_residual(log_probs, log_rewards, log_z, mask)
+        return reference.reduce(residual.square(), weights, reduction)
+    steps = log_probs.shape[-1]
+    loss, _ = torch.ops.gflowgr.trajectory_balance(
+        log_probs.reshape(like.numel(), steps),
+        log_rewards.reshape(-1),
+        log_z.reshape(-1),
+        None if mask is None else mask.reshape(like.numel(), steps),
+        None if weights is None else weights.reshape(-1),
+        backend,
+    )
+    return reference.reduce(loss.view(like.shape), None, reduction)
+
+
+def trie_trajectory_balance(
+    logits: Tensor,
+    tokens: Tensor,
+    trie: _checks.CatalogueTrie,
+    log_rewards: Tensor,
+    log_z: Tensor | float,
+    *,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """`trajectory_balance` of `trie_token_log_probs(logits, tokens, trie)`, in one pass over the children.
+
+    Args:
+        logits: (..., T, V) float32, float64, bfloat16 or float16, any strides.
+        tokens: (..., T) integers, -1 pads the tail.
+        trie: on the device of `logits`, tokens below V.
+        log_rewards: (...) floats.
+        log_z: (...) floats or a scalar.
+        weights: (...) floats, constants.
+        reduction: "mean", "sum" or "none".
+        backend: "auto", "cpp", "triton" or "torch".
+
+    Returns:
+        The loss, a scalar, or (...) for "none"; differentiable in `logits`, `log_rewards` and `log_z`. A
+        trajectory that leaves the trie has an infinite loss.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape, device or vocabulary.
+        RuntimeError: `backend` cannot serve here.
+    """
+    logits = _checks.floats("logits", logits, 2)
+    tokens = _checks.integers("tokens", tokens, logits.shape[:-1])
+    _checks.same_device("tokens", tokens, logits.device)
+    _checks.trie_for(trie, logits.device, logits.shape[-1])
+    _checks.reduction_name(reduction)
+    sums = reference.accumulation_dtype(logits.dtype)
+    like = logits.new_empty(1, dtype=sums).expand(tokens.shape[:-1])
+    log_rewards = _checks.per_trajectory("log_rewards", log_rewards, like)
+    log_z = _checks.per_trajectory("log_z", log_z, like)
+    weights = None if weights is None else _checks.per_trajectory("weights", weights, like).detach()
+    start = _checks.start_nodes(0, tokens)
+    backend = resolve_backend(backend, "trie_trajectory_balance", logits.device)
+    if backend == "torch":
+        log_probs = reference.trie_token_log_probs(logits, tokens, trie, start)
+        residual = reference.trajectory_balance_residual(log_probs, log_rewards, log_z, None)
+        return reference.reduce(residual.square(), weights, reduction)
+    paths = _checks.as_paths(logits)
+    loss, _ = torch.ops.gflowgr.trie_trajectory_balance(
+        paths,
+        tokens.reshape(paths.shape[:-1]),
+        start.reshape(paths.shape[0]),
+        trie.first_child,
+        trie.token,
+        trie.max_children,
+        log_rewards.reshape(-1),
+        log_z.reshape(-1),
+        None if weights is None else weights.reshape(-1),
+        backend,
+    )
+    return reference.reduce(loss.view(tokens.shape[:-1]), None, reduction)
+
+
+def log_partition_variance(
+    log_probs: Tensor,
+    log_rewards: Tensor,
+    *,
+    group_size: int,
+    mask: Tensor | None = None,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Trajectory balance with log Z estimated by each group's mean (Zhang et al. 2023, VarGrad).
+
+    Args:
+        log_probs: (B, T) floats; `group_size` consecutive rows are trajectories of one context.
+        log_rewards: (B,) floats.
+        group_size: divides B.
+        mask: (B, T) bool, True = counts.
+        weights: (B,) floats, constants.
+        reduction: "mean", "sum" or "none".
+
+    Returns:
+        The loss, a scalar, or (B,) for "none". Its gradient is that of `trajectory_balance` at the best log Z.
+    """
+    log_probs = _checks.floats("log_probs", log_probs, 2)
+    log_probs = log_probs.to(reference.accumulation_dtype(log_probs.dtype))
+    _checks.reduction_name(reduction)
+    mask = _checks.mask_like(mask, log_probs)
+    like = log_probs.detach().sum(-1)
+    if group_size < 1 or like.dim() != 1 or like.numel() % group_size:
+        raise ValueError(f"group_size is {group_size}, needs a divisor of the {like.shape[0]} rows of log_probs")
+    log_rewards = _checks.per_trajectory("log_rewards", log_rewards, like)
+    weights = None if weights is None else _checks.per_trajectory("weights", weights, like)
+    loss = torch.ops.gflowgr.log_partition_variance(log_probs, log_rewards, group_size, mask)
+    return reference.reduce(loss, weights, reduction)
+
+
+def _setup_balance(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    log_probs, _, _, mask, weights, ctx.backend = inputs
+    ctx.steps = log_probs.shape[-1]
+    ctx.save_for_backward(output[1], mask, weights)
+
+
+def _residual_gradient(residual: Tensor, weights: Tensor | None, grad_loss: Tensor, grad_residual: Tensor) -> Tensor:
+    """What reaches the residual through weights * residual^2 and through the residual itself."""
+    slope = 2 * residual if weights is None else 2 * weights * residual
+    return grad_loss * slope + grad_residual
+
+
+def _balance_backward(ctx: Any, grad_loss: Tensor, grad_residual: Tensor) -> tuple[Tensor | None, ...]:
+    residual, mask, weights = ctx.saved_tensors
+    grad = _residual_gradient(residual, weights, grad_loss, grad_residual)
+    grad_log_probs = torch.ops.gflowgr.trajectory_balance_backward(grad, mask, ctx.steps, ctx.backend)
+    return grad_log_probs, -grad, grad, None, None, None
+
+
+def _setup_trie_balance(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    logits, tokens, start, first_child, token, ctx.max_children, _, _, weights, ctx.backend = inputs
+    ctx.save_for_backward(output[1], weights, logits, tokens, start, first_child, token)
+
+
+def _trie_balance_backward(ctx: Any, grad_loss: Tensor, grad_residual: Tensor) -> tuple[Tensor | None, ...]:
+    residual, weights, logits, tokens, *arrays = ctx.saved_tensors
+    grad = _residual_gradient(residual, weights, grad_loss, grad_residual)
+    grad_logits = torch.ops.gflowgr.trie_token_log_probs_backward(
+        grad.unsqueeze(-1).expand(tokens.shape), logits, tokens, *arrays, ctx.max_children, 0, ctx.backend
+    )
+    return grad_logits, None, None, None, None, None, -grad, grad, None, None
+
+
+def _fake_pair(log_rewards: Tensor) -> tuple[Tensor, Tensor]:
+    return log_rewards.new_empty(log_rewards.shape), log_rewards.new_empty(log_rewards.shape)
+
+
+register(
+    "trajectory_balance(Tensor log_probs, Tensor log_rewards, Tensor log_z, Tensor? mask, Tensor? weights, "
+    "str backend) -> (Tensor, Tensor)",
+    lambda log_probs, log_rewards, *_: _fake_pair(log_rewards),
+    setup_context=_setup_balance,
+    backward=_balance_backward,
+)
+register(
+    "trajectory_balance_backward(Tensor grad_residual, Tensor? mask, int steps, str backend) -> Tensor",
+    lambda grad_residual, mask, steps, backend: grad_residual.new_empty(*grad_residual.shape, steps),
+)
+register(
+    "trie_trajectory_balance(Tensor logits, Tensor tokens, Tensor start, Tensor first_child, Tensor token, "
+    "int max_children, Tensor log_rewards, Tensor log_z, Tensor? weights, str backend) -> (Tensor, Tensor)",
+    lambda logits, tokens, start, first_child, token, max_children, log_rewards, *_: _fake_pair(log_rewards),
+    setup_context=_setup_trie_balance,
+    backward=_trie_balance_backward,
+)
+register_composite(
+    "log_partition_variance(Tensor log_probs, Tensor log_rewards, int group_size, Tensor? mask) -> Tensor",
+    reference.log_partition_variance,
+)
