@@ -107,12 +107,12 @@ PYBIND11_MODULE(_core, module) {
          at<std::int64_t>(nodes), threads);
   });
 
-  module.def("log_softmax",
-             [](const TrieArgs& trie, const LogitsArgs& logits, Address nodes, Address out, int threads) {
-               for_dtype_of(logits, [&]<class T>(T*) {
-                 log_softmax(trie_of(trie), logits_of<T>(logits), at<const std::int64_t>(nodes), at<Sum<T>>(out), threads);
-               });
-             });
+  module.def(
+      "log_softmax", [](const TrieArgs& trie, const LogitsArgs& logits, Address nodes, Address out, int threads) {
+        for_dtype_of(logits, [&]<class T>(T*) {
+          log_softmax(trie_of(trie), logits_of<T>(logits), at<const std::int64_t>(nodes), at<Sum<T>>(out), threads);
+        });
+      });
 
   // `dtype` is the logits'; `grad` and `log_probs` have its accumulation type.
   module.def("log_softmax_backward", [](const TrieArgs& trie, const LogitsArgs& grad, int dtype, Address log_probs,
@@ -141,7 +141,8 @@ PYBIND11_MODULE(_core, module) {
   });
 
   module.def("sample", [](const TrieArgs& trie, const LogitsArgs& logits, Address nodes, Address uniform,
-                          double temperature, Address out_tokens, Address out_nodes, Address out_log_probs, int threads) {
+                          double temperature, Address out_tokens, Address out_nodes, Address out_log_probs,
+                          int threads) {
     for_dtype_of(logits, [&]<class T>(T*) {
       sample(trie_of(trie), logits_of<T>(logits), at<const std::int64_t>(nodes), at<const double>(uniform), temperature,
              at<std::int64_t>(out_tokens), at<std::int64_t>(out_nodes), at<Sum<T>>(out_log_probs), threads);
@@ -182,15 +183,15 @@ PYBIND11_MODULE(_core, module) {
     });
   });
 
-  module.def("log_flows_backward", [](const TrieArgs& trie, const ItemArgs& items, int dtype, Address grad,
-                                      Address log_rewards, Address flows, std::int64_t batch, Address grad_rewards,
-                                      int threads) {
-    py::gil_scoped_release release;
-    dispatch(static_cast<Dtype>(dtype), [&]<class T>(T*) {
-      log_flows_backward(item_trie_of(trie, items), at<const Sum<T>>(grad), at<const Sum<T>>(log_rewards),
-                         at<const Sum<T>>(flows), batch, at<Sum<T>>(grad_rewards), threads);
-    });
-  });
+  module.def("log_flows_backward",
+             [](const TrieArgs& trie, const ItemArgs& items, int dtype, Address grad, Address log_rewards,
+                Address flows, std::int64_t batch, Address grad_rewards, int threads) {
+               py::gil_scoped_release release;
+               dispatch(static_cast<Dtype>(dtype), [&]<class T>(T*) {
+                 log_flows_backward(item_trie_of(trie, items), at<const Sum<T>>(grad), at<const Sum<T>>(log_rewards),
+                                    at<const Sum<T>>(flows), batch, at<Sum<T>>(grad_rewards), threads);
+               });
+             });
 
   module.def("flow_matching", [](const TrieArgs& trie, const LogitsArgs& logits, Address nodes, Address flows,
                                  std::int64_t rows_per_flow, Address divergence, int threads) {

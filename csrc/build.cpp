@@ -36,8 +36,9 @@ std::vector<std::int32_t> checked_lengths(const Token* rows, std::int64_t items,
 
 // One stable counting sort of `order` by a digit of each row's token at `level`; the padding sorts first.
 template <class Token>
-void sort_by_digit(const Token* rows, std::int64_t items, std::int64_t levels, std::int64_t level, std::int64_t smallest,
-                   int shift, std::size_t buckets, std::vector<std::int32_t>& order, std::vector<std::int32_t>& scratch) {
+void sort_by_digit(const Token* rows, std::int64_t items, std::int64_t levels, std::int64_t level,
+                   std::int64_t smallest, int shift, std::size_t buckets, std::vector<std::int32_t>& order,
+                   std::vector<std::int32_t>& scratch) {
   const auto digit = [&](std::int64_t item) {
     const std::int64_t token = rows[item * levels + level];
     const std::uint64_t key = token < 0 ? 0 : static_cast<std::uint64_t>(token - smallest + 1);

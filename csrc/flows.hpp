@@ -77,7 +77,8 @@ void log_flows_backward(const ItemTrie& tree, const S* grad, const S* log_reward
         for (std::int64_t i = 0; i < kids.count; ++i) reaching[kids.first + i] += share(flows[kids.first + i]);
         const std::int64_t ending = kids.count == 0 ? tree.item_count[node] : tree.ending_at(node);
         const std::int32_t* own = tree.item_order + tree.first_item[node];
-        for (std::int64_t i = 0; i < ending; ++i) grad_rewards[b * tree.items + own[i]] = static_cast<S>(share(rewards[own[i]]));
+        for (std::int64_t i = 0; i < ending; ++i)
+          grad_rewards[b * tree.items + own[i]] = static_cast<S>(share(rewards[own[i]]));
       }
     }
   });

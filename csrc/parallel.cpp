@@ -85,7 +85,8 @@ Pool& the_pool() {
 void parallel_for(std::int64_t count, std::int64_t grain, int threads,
                   const std::function<void(std::int64_t, std::int64_t)>& body) {
   if (count <= 0) return;
-  const std::int64_t parts = std::clamp<std::int64_t>(count / std::max<std::int64_t>(grain, 1), 1, std::max(threads, 1));
+  const std::int64_t parts =
+      std::clamp<std::int64_t>(count / std::max<std::int64_t>(grain, 1), 1, std::max(threads, 1));
   const auto part = [&](std::int64_t index) { body(count * index / parts, count * (index + 1) / parts); };
   if (parts > 1 && the_pool().run(static_cast<int>(parts), [&](int index) { part(index); })) return;
   body(0, count);
