@@ -134,7 +134,8 @@ def trie_sample(
     mass = (log_probs / temperature).softmax(-1).nan_to_num(0.0)
     cumulative = mass.cumsum(-1)
     reached = (cumulative > uniform.to(mass.dtype).unsqueeze(-1) * cumulative[..., -1:]) & (mass > 0)
-    last_possible = mass.shape[-1] - 1 - (mass > 0).flip(-1).int().argmax(-1)
+    # Rounding can leave the target above the sum; a row of NaN has no mass, and draws its first child.
+    last_possible = torch.where(mass > 0, torch.arange(mass.shape[-1], device=mass.device), 0).amax(-1)
     drawn = torch.where(reached.any(-1), reached.int().argmax(-1), last_possible).unsqueeze(-1)
     alive = exists.any(-1)
     return (
