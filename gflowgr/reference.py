@@ -163,7 +163,7 @@ def _log_sum_into(values: Tensor, index: Tensor, size: int) -> Tensor:
     peak = empty.scatter_reduce(-1, index, values.detach(), "amax")
     peak = torch.where(peak.isinf(), 0.0, peak)
     total = torch.zeros_like(peak).scatter_add(-1, index, (values - peak.gather(-1, index)).exp())
-    occupied = total > 0
+    occupied = total != 0
     return torch.where(occupied, torch.where(occupied, total, 1.0).log() + peak, -torch.inf)
 
 
