@@ -94,11 +94,9 @@ struct ChildTarget {
   S read(const T* row, std::int64_t stride, const S* flows, const Children& kids) {
     has_choice = false;
     if (kids.count < 2) return 0;
-    S most = -std::numeric_limits<S>::infinity();
     for (std::int64_t child = 0; child < kids.count; ++child)
-      if (!(flows[kids.first + child] <= most)) most = flows[kids.first + child];
-    if (most == -std::numeric_limits<S>::infinity()) return 0;
-    has_choice = true;
+      has_choice |= flows[kids.first + child] != -std::numeric_limits<S>::infinity();
+    if (!has_choice) return 0;
     indices_.resize(kids.count);
     for (std::int64_t child = 0; child < kids.count; ++child) indices_[child] = static_cast<std::int32_t>(child);
     policy.read(row, stride, kids);
