@@ -112,8 +112,9 @@ def reduction_name(reduction: str) -> str:
 def start_nodes(start: int | Tensor, tokens: Tensor) -> Tensor:
     if isinstance(start, int):
         return torch.full(tokens.shape[:-1], start, dtype=torch.int64, device=tokens.device)
+    start = integers("start", start, tokens.shape[:-1])
     same_device("start", start, tokens.device)
-    return integers("start", start, tokens.shape[:-1])
+    return start
 
 
 def as_paths(logits: Tensor) -> Tensor:
