@@ -208,6 +208,8 @@ class PrefixTrie:
 def _as_rows(sequences: Any) -> np.ndarray:
     """`sequences` as a C-contiguous int32 or int64 array (N, L), checked for all but its content."""
     if isinstance(sequences, Tensor):
+        if sequences.is_floating_point() or sequences.is_complex():
+            raise TypeError(f"sequences has dtype {sequences.dtype}, needs integers")
         sequences = sequences.detach().cpu().numpy()
     try:
         rows = np.asarray(sequences)
