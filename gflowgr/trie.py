@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 import os
 from functools import cached_property
 from pathlib import Path
@@ -148,9 +149,13 @@ class PrefixTrie:
         return self.item_order[first : first + int(self.item_count[node] - below)]
 
     def _checked(self, node: int) -> int:
-        if not 0 <= node < self.num_nodes:
-            raise ValueError(f"node is {node}, needs 0 .. {self.num_nodes - 1}")
-        return int(node)
+        try:
+            number = operator.index(node)
+        except TypeError as error:
+            raise TypeError(f"node is {node!r}, needs an integer") from error
+        if not 0 <= number < self.num_nodes:
+            raise ValueError(f"node is {number}, needs 0 .. {self.num_nodes - 1}")
+        return number
 
     def to(self, device: torch.device | str) -> PrefixTrie:
         """The same trie on another device; itself when it is there already."""
