@@ -168,10 +168,16 @@ class PrefixTrie:
         return moved
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file; an older file at `path` stays whole until the new one is."""
+        """Writes a safetensors file; an older file at `path` stays whole until the new one is.
+
+        Raises:
+            FileNotFoundError: the folder of `path` does not exist.
+        """
         from safetensors.torch import save_file
 
         path = Path(path)
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"path is {os.fspath(path)!r}, in a folder that does not exist")
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         arrays = {name: getattr(self, name).cpu().contiguous() for name in _ARRAYS}
         try:
