@@ -1,0 +1,124 @@
+"""Losses of a batch of trajectories: supervised fine-tuning and the GFlowNet balance conditions.
+
+C contexts, K trajectories of each (column 0 the observed item), L tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from gflowgr import ops
+from gflowgr.trie import PrefixTrie
+
+OBJECTIVES = ("sft", "tb", "vargrad", "db", "subtb", "flow_matching")
+FLOWS = ("exact", "learned", "estimated")
+
+
+@dataclass
+class TrajectoryBatch:
+    """What the losses read.
+
+    Args:
+        logits: (C, K, L, V), `logits[..., t, :]` predicts `tokens[..., t]`.
+        tokens: (C, K, L) int64, -1 pads tails.
+        trie: the catalogue.
+        log_flows: (C, num_nodes), the rewards' flows in closed form.
+        learned_log_flows: (C, K, L), of the state before each token, from a head; None unless flows are learned.
+    """
+
+    logits: Tensor
+    tokens: Tensor
+    trie: PrefixTrie
+    log_flows: Tensor | None = None
+    learned_log_flows: Tensor | None = None
+
+    @cached_property
+    def log_probs(self) -> Tensor:
+        """log P_F of each token, (C, K, L); 0 on padding."""
+        return ops.trie_token_log_probs(self.logits, self.tokens, self.trie)
+
+    @cached_property
+    def mask(self) -> Tensor:
+        return self.tokens >= 0
+
+    @cached_property
+    def nodes(self) -> Tensor:
+        """The state before each token and after the last one, (C, K, L + 1); -1 past the end."""
+        root = self.tokens.new_zeros(*self.tokens.shape[:-1], 1)
+        return torch.cat([root, self.trie.walk(self.tokens)], -1)
+
+    @cached_property
+    def exact_log_flows(self) -> Tensor:
+        """log F along each trajectory, (C, K, L + 1); the end's value fills what lies past it."""
+        assert self.log_flows is not None
+        contexts, trajectories, states = self.nodes.shape
+        last = self.mask.sum(-1, keepdim=True)
+        position = torch.minimum(torch.arange(states, device=last.device), last)
+        along = self.nodes.gather(-1, position.expand(self.nodes.shape)).clamp(min=0)
+        return self.log_flows.gather(1, along.flatten(1)).view(contexts, trajectories, states)
+
+    @cached_property
+    def log_rewards(self) -> Tensor:
+        """log R of the item (or the colliding items) that each trajectory ends at, (C, K)."""
+        return self.exact_log_flows[..., -1]
+
+    def flows_along(self, flows: str) -> Tensor:
+        """log F of the states of each trajectory, (C, K, L + 1), log R at its end."""
+        if flows == "exact":
+            return self.exact_log_flows
+        assert self.learned_log_flows is not None
+        ends = self.log_rewards.unsqueeze(-1)
+        inner = torch.where(self.mask, self.learned_log_flows, ends)
+        return torch.cat([inner, ends], -1)
+
+
+def sft_loss(batch: TrajectoryBatch) -> Tensor:
+    """The observed item's negative log-likelihood in nats, mean over contexts."""
+    return -batch.log_probs[:, 0].sum(-1).mean()
+
+
+def gfn_loss(batch: TrajectoryBatch, objective: str, flows: str, subtb_lambda: float) -> Tensor:
+    """The GFlowNet loss, mean over contexts and trajectories (method: Malkin et al. 2022, Madan et al. 2023)."""
+    trajectories = batch.tokens.shape[1]
+    if objective == "flow_matching":
+        assert batch.log_flows is not None
+        states = torch.where(batch.mask, batch.nodes[..., :-1], -1)
+        divergence = ops.flow_matching(batch.logits, states, batch.trie, batch.log_flows, reduction="sum")
+        return divergence / (batch.tokens.shape[0] * trajectories)
+    if objective == "vargrad" or flows == "estimated":
+        return ops.log_partition_variance(
+            batch.log_probs.flatten(0, 1), batch.log_rewards.flatten(), group_size=trajectories
+        )
+    log_flows = batch.flows_along(flows)
+    if objective == "tb":
+        return ops.trajectory_balance(batch.log_probs, batch.log_rewards, log_flows[..., 0])
+    if objective == "db":
+        return ops.detailed_balance(batch.log_probs, log_flows, mask=batch.mask)
+    if objective == "subtb":
+        return ops.subtrajectory_balance(batch.log_probs, log_flows, lam=subtb_lambda, mask=batch.mask)
+    raise ValueError(f"objective is {objective!r}, needs one of {', '.join(OBJECTIVES[1:])}")
+
+
+@torch.no_grad()
+def diagnostics(batch: TrajectoryBatch) -> dict[str, float]:
+    """Figures to watch: log Z, the mean squared balance residual, the policy's entropy along the observed items."""
+    figures: dict[str, float] = {}
+    if batch.log_flows is not None:
+        log_z = batch.log_flows[:, 0]
+        residual = log_z.unsqueeze(-1) + batch.log_probs.sum(-1) - batch.log_rewards
+        figures["log_z"] = float(log_z.mean())
+        figures["residual"] = float(residual.square().mean())
+        found = torch.logsumexp(batch.log_rewards, -1) - log_z
+        figures["reward_mass_found"] = float(found.exp().mean())
+    if batch.learned_log_flows is not None:
+        figures["learned_log_z"] = float(batch.learned_log_flows[..., 0].mean())
+    observed = batch.nodes[:, 0, :-1]
+    policy = ops.trie_log_softmax(batch.logits[:, 0], torch.where(batch.mask[:, 0], observed, -1), batch.trie)
+    entropy = -(policy.exp() * policy.clamp(min=torch.finfo(policy.dtype).min)).sum(-1)
+    figures["entropy"] = float(entropy.sum(-1).mean())
+    figures["nll"] = float(-batch.log_probs[:, 0].sum(-1).mean())
+    return figures
