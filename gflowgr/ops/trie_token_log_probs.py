@@ -163,7 +163,8 @@ def _sliced_head(
         )
         log_probs.append(step.squeeze(1))
     if not log_probs:
-        return hidden.new_zeros(tokens.shape, dtype=reference.accumulation_dtype(hidden.dtype))
+        # No step, no element: only the ties that autograd looks for.
+        return F.linear(hidden, weight, bias).sum(-1).to(reference.accumulation_dtype(hidden.dtype))
     return torch.stack(log_probs, 1)
 
 
