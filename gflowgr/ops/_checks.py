@@ -92,6 +92,11 @@ def same_device(name: str, value: Any, device: torch.device) -> None:
         raise ValueError(f"{name} is on {value.device}, needs {device} like the other arguments")
 
 
+def same_dtype(name: str, value: Tensor, dtype: torch.dtype) -> None:
+    if value.dtype != dtype:
+        raise TypeError(f"{name} has dtype {value.dtype}, needs {dtype} like the other arguments")
+
+
 def trie_for(trie: CatalogueTrie, device: torch.device, width: int | None = None) -> None:
     """Checks that `trie` is one, on that device, with tokens below `width`."""
     if not (hasattr(trie, "first_child") and hasattr(trie, "token_ranges")):

@@ -85,17 +85,24 @@ def trie_linear_token_log_probs(
         weight: (V, D), the head, of the dtype of `hidden` (under autocast any).
         tokens: (..., T) integers, as in `trie_token_log_probs`.
         trie: on the device of `hidden`, tokens below V.
-        bias: (V,) or None.
+        bias: (V,) of that dtype, or None.
         backend: "auto", "cpp", "triton" or "torch".
 
     Returns:
         (..., T) float32 (float64 for float64), differentiable in `hidden`, `weight` and `bias`.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape, device or vocabulary.
+        RuntimeError: `backend` cannot serve here.
     """
     hidden = _checks.floats("hidden", hidden, 2)
     weight = _checks.floats("weight", weight, 2)
     _checks.shaped("weight", weight, torch.Size((weight.shape[0], hidden.shape[-1])))
     if bias is not None:
         _checks.shaped("bias", _checks.floats("bias", bias, 1), weight.shape[:1])
+    if not torch.is_autocast_enabled(hidden.device.type):
+        _checks.same_dtype("weight", weight, hidden.dtype)
+        _checks.same_dtype("bias", weight if bias is None else bias, hidden.dtype)
     tokens = _checks.integers("tokens", tokens, hidden.shape[:-1])
     for name, value in (("tokens", tokens), ("weight", weight), ("bias", weight if bias is None else bias)):
         _checks.same_device(name, value, hidden.device)
