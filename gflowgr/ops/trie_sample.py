@@ -31,7 +31,8 @@ def trie_sample(
         nodes: (...) integers.
         trie: on the device of `logits`, tokens below V.
         temperature: above 0.
-        generator: of the device of `logits`; None takes the device's default one.
+        generator: of the device of `logits`; None takes the device's default one, as it must inside
+            `torch.compile`, which knows no other.
         backend: "auto", "cpp", "triton" or "torch".
 
     Returns:
@@ -47,8 +48,12 @@ def trie_sample(
     nodes = _checks.integers("nodes", nodes, logits.shape[:-1])
     _checks.same_device("nodes", nodes, logits.device)
     _checks.trie_for(trie, logits.device, logits.shape[-1])
+    if not isinstance(temperature, (int, float)):
+        raise TypeError(f"temperature is a {type(temperature).__name__}, needs a number")
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature is {temperature}, needs a finite number above 0")
+    if generator is not None and generator.device.type != logits.device.type:
+        raise ValueError(f"generator is of {generator.device}, needs {logits.device} like logits")
     backend = resolve_backend(backend, "trie_sample", logits.device)
     uniform = torch.rand(nodes.shape, generator=generator, device=logits.device, dtype=torch.float64)
     if backend == "torch":
