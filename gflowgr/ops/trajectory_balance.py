@@ -148,13 +148,18 @@ def log_partition_variance(
 
     Returns:
         The loss, a scalar, or (B,) for "none". Its gradient is that of `trajectory_balance` at the best log Z.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape or device, or a group is not whole.
     """
     log_probs = _checks.floats("log_probs", log_probs, 2)
     log_probs = log_probs.to(reference.accumulation_dtype(log_probs.dtype))
     _checks.reduction_name(reduction)
     mask = _checks.mask_like(mask, log_probs)
+    if log_probs.dim() != 2:
+        raise ValueError(f"log_probs has shape {tuple(log_probs.shape)}, needs (B, T)")
     like = log_probs.detach().sum(-1)
-    if group_size < 1 or like.dim() != 1 or like.numel() % group_size:
+    if not isinstance(group_size, int) or group_size < 1 or like.numel() % group_size:
         raise ValueError(f"group_size is {group_size}, needs a divisor of the {like.shape[0]} rows of log_probs")
     log_rewards = _checks.per_trajectory("log_rewards", log_rewards, like)
     weights = None if weights is None else _checks.per_trajectory("weights", weights, like)
