@@ -1,0 +1,819 @@
+"""Language models that write items as semantic IDs: T5 and decoder-only, behind one forward."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+from gflowgr.semantic_ids import BOS, EOS, PAD, SemanticIds
+from gflowgr.trie import PrefixTrie
+
+DECODER_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+_ENCODER_DECODERS = ("t5", "mt5")
+_FORMAT = "gflowgr.GenerativeRecommender/1"
+_DESCRIPTION, _IDS, _BASE = "gflowgr.json", "semantic_ids.safetensors", "base"
+
+
+class Policy(NamedTuple):
+    """What a forward returns: K trajectories a context, or W items of a whole history.
+
+    Attributes:
+        logits: (B, K, L, V) or (B, W, L, V); `logits[..., l, :]` predicts token l of the item. Where an item's
+            token is -1 they mean nothing.
+        context: (B, D) or (B, W, D), the state of the model when it starts to write.
+    """
+
+    logits: Tensor
+    context: Tensor
+
+
+@dataclass
+class Context:
+    """A history that the model has read, and the token paths it has written since, as a tree of cached states.
+
+    Attributes:
+        state: (B, D).
+        logits: (B, V), of the first token.
+        visible: bool (B, n, T), the cached positions that a path's next token may attend to.
+        depths: (T,), tokens on the path up to each cached position; -1 for the prompt.
+        cache: keys and values, (B, heads, T, d) a layer: one copy of the history whatever the number of paths.
+        num_prompt_tokens: (B,).
+        encoder: states and mask, for encoder-decoders.
+    """
+
+    state: Tensor
+    logits: Tensor
+    visible: Tensor
+    depths: Tensor
+    cache: DynamicCache | EncoderDecoderCache
+    num_prompt_tokens: Tensor
+    encoder: tuple[Tensor, Tensor] | None = None
+
+
+class GenerativeRecommender(nn.Module):
+    """A transformers model that writes items as semantic IDs.
+
+    All work goes through `forward`, so DDP and FSDP wrap it as it is. The prefix trie and the token table
+    follow the module's device.
+
+    Args:
+        model: T5 or decoder-only, plain or under PEFT; its vocabulary covers `semantic_ids`.
+        semantic_ids: of the catalogue.
+        history_length: the latest items of a history that the model reads.
+        dropout: of embeddings and residual branches, for decoder families that have none of their own.
+
+    Raises:
+        TypeError: `model` is no transformers model.
+        ValueError: an architecture that cannot serve, a vocabulary or context window that is too small.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        semantic_ids: SemanticIds,
+        *,
+        history_length: int = 20,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.semantic_ids = semantic_ids
+        self.history_length = history_length
+        self.dropout = dropout
+        self.trains_embeddings = False
+        self._by_device: dict[torch.device, tuple[PrefixTrie, Tensor]] = {}
+        self._check()
+        config = self.config
+        self.is_encoder_decoder = bool(config.is_encoder_decoder)
+        self._pad = _special_token(config, "pad_token_id", PAD)
+        self._eos = _special_token(config, "eos_token_id", EOS)
+        self._bos = _special_token(config, "bos_token_id", self._eos)
+        self._start = _special_token(config, "decoder_start_token_id", self._pad)
+        self._equal_lengths = bool((semantic_ids.tokens >= 0).all())
+        if dropout and not self.is_encoder_decoder:
+            _add_dropout(self.transformer, dropout)
+
+    def _check(self) -> None:
+        if not hasattr(self.model, "get_base_model") and not isinstance(self.model, PreTrainedModel):
+            raise TypeError(f"model is a {type(self.model).__name__}, needs a transformers or PEFT model")
+        if not isinstance(self.semantic_ids, SemanticIds):
+            raise TypeError(f"semantic_ids is a {type(self.semantic_ids).__name__}, needs SemanticIds")
+        if self.history_length < 1:
+            raise ValueError(f"history_length is {self.history_length}, needs at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}, needs a number from 0 to below 1")
+        if hasattr(self.model, "peft_config") and self.model.active_peft_config.is_prompt_learning:
+            raise ValueError("model learns prompts, needs a PEFT method that adapts weights, such as LoRA")
+        config = self.config
+        if config.is_encoder_decoder and config.model_type not in _ENCODER_DECODERS:
+            raise ValueError(f"model is a {config.model_type}, needs one of {_ENCODER_DECODERS} or a decoder")
+        if config.vocab_size < self.semantic_ids.vocab_size:
+            raise ValueError(
+                f"model has a vocabulary of {config.vocab_size} tokens, "
+                f"semantic_ids needs {self.semantic_ids.vocab_size}"
+            )
+        window = getattr(config, "max_position_embeddings", None)
+        needed = (self.history_length + 1) * self.semantic_ids.length
+        if not config.is_encoder_decoder and window is not None and needed > window:
+            raise ValueError(
+                f"history_length {self.history_length} needs {needed} positions, the model has {window}"
+            )
+
+    @property
+    def transformer(self) -> PreTrainedModel:
+        """The transformers model, which PEFT may have adapted in place."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    @property
+    def config(self) -> Any:
+        return self.transformer.config
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def trie(self) -> PrefixTrie:
+        """The prefix trie, on the module's device."""
+        return self._catalogue(self.device)[0]
+
+    def tokens(self, items: Tensor) -> Tensor:
+        """Tokens (..., L) of items (...), -1 where the item or the token is padding."""
+        table = self._catalogue(items.device)[1]
+        return table[torch.where(items < 0, table.shape[0] - 1, items)]
+
+    def _catalogue(self, device: torch.device) -> tuple[PrefixTrie, Tensor]:
+        if device not in self._by_device:
+            padding = self.semantic_ids.tokens.new_full((1, self.semantic_ids.length), -1)
+            table = torch.cat([self.semantic_ids.tokens, padding]).to(device)
+            self._by_device[device] = (self.semantic_ids.trie().to(device), table)
+        return self._by_device[device]
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+    ) -> None:
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.model.gradient_checkpointing_disable()
+
+    def forward(
+        self,
+        history: Tensor | None = None,
+        trajectories: Tensor | None = None,
+        *,
+        items: Tensor | None = None,
+    ) -> Policy:
+        """Scores K trajectories of each context, or every item of whole histories.
+
+        The model reads a context once, whatever K. Neither -1 anywhere in `history` nor more padding behind it
+        changes the result.
+
+        Args:
+            history: (B, H) items, oldest first, -1 is padding.
+            trajectories: (B, K) items to score.
+            items: (B, W) whole histories, -1 pads their tails, instead of the other two; decoder-only models.
+                Item w is predicted from the items before it.
+
+        Raises:
+            TypeError, ValueError: an argument is missing, or has the wrong type, shape or range.
+        """
+        if items is not None:
+            if history is not None or trajectories is not None:
+                raise ValueError("items came with history or trajectories, needs to be alone")
+            return self._score_histories(self._checked("items", items))
+        if history is None or trajectories is None:
+            raise ValueError("forward got no items, so it needs history and trajectories")
+        history = self._checked("history", history)
+        trajectories = self._checked("trajectories", trajectories)
+        if trajectories.shape[0] != history.shape[0]:
+            raise ValueError(
+                f"trajectories has {trajectories.shape[0]} rows, needs {history.shape[0]} like history"
+            )
+        score = self._score_with_encoder if self.is_encoder_decoder else self._score_after_prompt
+        return score(history, self.tokens(trajectories))
+
+    def _score_with_encoder(self, history: Tensor, tokens: Tensor) -> Policy:
+        """All trajectories of a context are one decoder sequence in which none sees another.
+
+        T5's position bias depends on distances alone, and within a trajectory those are as ever.
+        """
+        batch, trajectories, length = tokens.shape
+        source, mask = self._source(history)
+        start = tokens.new_full((batch, trajectories, 1), self._start)
+        inputs = torch.cat([start, tokens[..., :-1].masked_fill(tokens[..., :-1] < 0, self._pad)], -1)
+        visible = _apart(trajectories, length, tokens.device).expand(batch, -1, -1)
+        output = self.transformer(
+            input_ids=source,
+            attention_mask=mask,
+            decoder_input_ids=inputs.flatten(1),
+            decoder_attention_mask=self._additive(visible),
+            use_cache=False,
+        )
+        logits = output.logits.unflatten(1, (trajectories, length))
+        return Policy(logits, _mean(output.encoder_last_hidden_state, mask))
+
+    def _score_after_prompt(self, history: Tensor, tokens: Tensor) -> Policy:
+        """The prompt once, then the trajectories side by side: each sees the prompt and itself alone."""
+        batch, trajectories, length = tokens.shape
+        prompt, real = self._prompt(history)
+        width, written = prompt.shape[1], trajectories * (length - 1)
+        written_tokens = tokens[..., :-1].flatten(1)
+        inputs = torch.cat([prompt, written_tokens.masked_fill(written_tokens < 0, self._pad)], 1)
+        steps = torch.arange(length - 1, device=tokens.device).repeat(trajectories)
+        positions = torch.cat([_positions(real), real.sum(1, keepdim=True) + steps], 1)
+        visible = torch.zeros(batch, width + written, width + written, dtype=torch.bool, device=tokens.device)
+        visible[:, :width, :width] = _causal(real)
+        visible[:, width:, :width] = real.unsqueeze(1)
+        visible[:, width:, width:] = _apart(trajectories, length - 1, tokens.device)
+        # Every trajectory's first token is predicted at the prompt's end, so that position is kept K times.
+        own = width + torch.arange(written, device=tokens.device).view(trajectories, length - 1)
+        kept = F.pad(own, (1, 0), value=width - 1).flatten()
+        output = self.transformer(
+            input_ids=inputs,
+            attention_mask=self._additive(visible),
+            position_ids=positions,
+            logits_to_keep=kept,
+            output_hidden_states=True,
+            use_cache=False,
+        )
+        logits = output.logits.unflatten(1, (trajectories, length))
+        return Policy(logits, output.hidden_states[-1][:, width - 1])
+
+    def _score_histories(self, items: Tensor) -> Policy:
+        if self.is_encoder_decoder:
+            raise ValueError(
+                "items needs a decoder-only model; an encoder-decoder takes history and trajectories"
+            )
+        batch, width = items.shape
+        tokens = self.tokens(items).flatten(1)
+        inputs = F.pad(tokens, (1, 0), value=self._bos)
+        if not self._equal_lengths:
+            inputs = _compact(inputs)
+        inputs = inputs[:, :-1]
+        output = self.transformer(
+            input_ids=inputs.masked_fill(inputs < 0, self._pad), output_hidden_states=True, use_cache=False
+        )
+        logits, states = output.logits, output.hidden_states[-1]
+        if self._equal_lengths:
+            states = states[:, :: self.semantic_ids.length]
+        else:
+            real = tokens >= 0
+            before = (real.cumsum(1) - real.long()).clamp(max=inputs.shape[1] - 1)
+            logits = logits.gather(1, before.unsqueeze(-1).expand(-1, -1, logits.shape[-1]))
+            first = before[:, :: self.semantic_ids.length]
+            states = states.gather(1, first.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
+        return Policy(logits.view(batch, width, self.semantic_ids.length, -1), states)
+
+    def encode(self, history: Tensor) -> Context:
+        """Reads histories (B, H) and is then ready to write; the start of every kind of generation.
+
+        Raises:
+            RuntimeError: in training mode, where gradient checkpointing would drop the cache.
+        """
+        if self.training:
+            raise RuntimeError("encode needs the model in eval mode, it is training")
+        history = self._checked("history", history)
+        ones = torch.ones(history.shape[0], 1, 1, dtype=torch.bool, device=history.device)
+        if self.is_encoder_decoder:
+            source, mask = self._source(history)
+            output = self.transformer(
+                input_ids=source,
+                attention_mask=mask,
+                decoder_input_ids=source.new_full((source.shape[0], 1), self._start),
+                past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()),
+                use_cache=True,
+            )
+            states = output.encoder_last_hidden_state
+            return Context(
+                state=_mean(states, mask),
+                logits=output.logits[:, -1],
+                visible=ones,
+                depths=torch.zeros(1, dtype=torch.long, device=history.device),
+                cache=output.past_key_values,
+                num_prompt_tokens=mask.sum(1),
+                encoder=(states, mask),
+            )
+        prompt, real = self._prompt(history)
+        output = self.transformer(
+            input_ids=prompt,
+            attention_mask=self._additive(_causal(real)),
+            position_ids=_positions(real),
+            past_key_values=DynamicCache(),
+            logits_to_keep=1,
+            output_hidden_states=True,
+            use_cache=True,
+        )
+        return Context(
+            state=output.hidden_states[-1][:, -1],
+            logits=output.logits[:, -1],
+            visible=real.unsqueeze(1),
+            depths=torch.full((prompt.shape[1],), -1, device=history.device),
+            cache=output.past_key_values,
+            num_prompt_tokens=real.sum(1),
+        )
+
+    def extend(
+        self, context: Context, tokens: Tensor, parents: Tensor | None = None
+    ) -> tuple[Tensor, Context]:
+        """Writes one more token on n paths of each context.
+
+        The paths form a tree in the cache: a token attends to its own ancestors, so nothing is ever copied or
+        reordered, and the history's keys and values exist once a context. `context` is used up: go on from the
+        one returned.
+
+        Args:
+            tokens: (B, n) integers.
+            parents: (B, n), which path of the step before each token continues; by default the first.
+
+        Returns:
+            logits (B, n, V) of the tokens to follow, and the context after the step.
+        """
+        if self.training:
+            raise RuntimeError("extend needs the model in eval mode, it is training")
+        batch, paths = tokens.shape
+        parents = torch.zeros_like(tokens) if parents is None else parents
+        own = torch.eye(paths, dtype=torch.bool, device=tokens.device).expand(batch, -1, -1)
+        ancestors = context.visible.gather(1, parents.unsqueeze(-1).expand(-1, -1, context.visible.shape[-1]))
+        visible = torch.cat([ancestors, own], -1)
+        depth = context.depths[-1] + 1
+        depths = torch.cat([context.depths, depth.expand(paths)])
+        mask = self._additive(visible)
+        if context.encoder is not None:
+            states, source_mask = context.encoder
+            output = self.transformer(
+                encoder_outputs=BaseModelOutput(last_hidden_state=states),
+                attention_mask=source_mask,
+                decoder_input_ids=tokens,
+                decoder_attention_mask=mask + self._position_bias_of_tree(depths, paths),
+                past_key_values=context.cache,
+                use_cache=True,
+            )
+        else:
+            output = self.transformer(
+                input_ids=tokens,
+                attention_mask=mask,
+                position_ids=(context.num_prompt_tokens + depth).unsqueeze(1).expand(-1, paths),
+                past_key_values=context.cache,
+                use_cache=True,
+            )
+        after = Context(
+            state=context.state,
+            logits=context.logits,
+            visible=visible,
+            depths=depths,
+            cache=output.past_key_values,
+            num_prompt_tokens=context.num_prompt_tokens,
+            encoder=context.encoder,
+        )
+        return output.logits, after
+
+    def _position_bias_of_tree(self, depths: Tensor, paths: int) -> Tensor:
+        """What to add to T5's position bias, which counts cached positions, to make it count depths.
+
+        (1, heads, paths, T) for queries that are the last `paths` of the positions.
+        """
+        attention = self.transformer.get_decoder().block[0].layer[0].SelfAttention
+        size = depths.numel()
+        bias = attention.compute_bias(size, size)[0]
+        # Positions 0 .. L are a chain, so the bias between depths is the bias between the first positions.
+        between = bias[:, depths[-paths:]][:, :, depths]
+        return (between - bias[:, -paths:]).unsqueeze(0)
+
+    def _source(self, history: Tensor) -> tuple[Tensor, Tensor]:
+        """The encoder's input, history and EOS, right-padded, and its mask."""
+        return self._padded(_compact(F.pad(self._history_tokens(history), (0, 1), value=self._eos)))
+
+    def _prompt(self, history: Tensor) -> tuple[Tensor, Tensor]:
+        """A decoder's input, BOS and history, left-padded so that all end at the same position, and its mask."""
+        tokens = _compact(F.pad(self._history_tokens(history), (1, 0), value=self._bos).flip(1))
+        tokens, real = self._padded(tokens)
+        return tokens.flip(1), real.flip(1)
+
+    def _history_tokens(self, history: Tensor) -> Tensor:
+        real = history >= 0
+        later = real.flip(1).cumsum(1).flip(1)
+        return self.tokens(history.masked_fill(later > self.history_length, -1)).flatten(1)
+
+    def _padded(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Without columns that are nothing but padding, as far as that is known without waiting for a device."""
+        longest = 1 + self.history_length * self.semantic_ids.length
+        if tokens.device.type == "cpu" and tokens.numel():
+            longest = int((tokens >= 0).sum(1).max())
+        tokens = tokens[:, :longest]
+        real = tokens >= 0
+        return tokens.masked_fill(~real, self._pad), real
+
+    def _additive(self, visible: Tensor) -> Tensor:
+        """A boolean mask (B, queries, keys) as the (B, 1, queries, keys) that attention adds to its scores."""
+        dtype = self.transformer.dtype
+        mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+        return mask.masked_fill_(~visible, torch.finfo(dtype).min).unsqueeze(1)
+
+    def _checked(self, name: str, items: Any) -> Tensor:
+        if not isinstance(items, Tensor) or items.dtype.is_floating_point or items.dtype == torch.bool:
+            kind = items.dtype if isinstance(items, Tensor) else type(items).__name__
+            raise TypeError(f"{name} is {kind}, needs a tensor of integers")
+        if items.dim() != 2 or items.shape[1] == 0:
+            raise ValueError(f"{name} has shape {tuple(items.shape)}, needs (contexts, at least one item)")
+        # Elsewhere than on the CPU a look at the values would wait for the device.
+        if items.device.type == "cpu" and items.numel() and int(items.max()) >= self.semantic_ids.num_items:
+            raise ValueError(
+                f"{name} has the item {int(items.max())}, needs items below {self.semantic_ids.num_items}"
+            )
+        return items.long()
+
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        state_dict: dict[str, Tensor] | None = None,
+        base_weights: bool = True,
+    ) -> None:
+        """Writes the model as transformers or PEFT does, the semantic IDs, and what ties them together.
+
+        Args:
+            folder: made if it does not exist. Each file appears whole, the one that `load` starts from last.
+            state_dict: of this module, gathered by a distributed trainer; by default its own.
+            base_weights: under PEFT, whether to save the adapted model too. Without it, `load` takes that
+                model from where it came from.
+
+        Raises:
+            ValueError: `base_weights` is False but the model came from nowhere that can be named.
+        """
+        folder = Path(folder)
+        adapted = hasattr(self.model, "peft_config")
+        origin = self.config._name_or_path or None
+        if adapted and not base_weights and origin is None:
+            raise ValueError("base_weights is False, which needs a model that from_pretrained loaded")
+        state = None
+        if state_dict is not None:
+            state = {key.removeprefix("model."): value for key, value in state_dict.items()}
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+        try:
+            if adapted:
+                self._save_adapter(temporary, state, base_weights)
+            else:
+                self.model.save_pretrained(temporary, state_dict=state)
+            self.semantic_ids.save(temporary / _IDS)
+            description = {
+                "format": _FORMAT,
+                "trie": self.semantic_ids.trie().fingerprint,
+                "history_length": self.history_length,
+                "dropout": self.dropout,
+                "adapted": adapted,
+                "trains_embeddings": self.trains_embeddings,
+                "base": None if base_weights or not adapted else origin,
+            }
+            (temporary / _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+            _move_files(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def _save_adapter(self, folder: Path, state: dict[str, Tensor] | None, base_weights: bool) -> None:
+        self.model.save_pretrained(folder, state_dict=state, save_embedding_layers=self.trains_embeddings)
+        if base_weights:
+            self.transformer.save_pretrained(folder / _BASE, state_dict=_without_adapter(self.model, state))
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | os.PathLike[str],
+        semantic_ids: SemanticIds | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        attention: str | None = None,
+        trainable: bool = True,
+    ) -> GenerativeRecommender:
+        """Reads what `save_pretrained` wrote.
+
+        Args:
+            folder: the checkpoint.
+            semantic_ids: if given, what the checkpoint has to have been trained on.
+            dtype: of the weights; by default as saved.
+            attention: transformers' `attn_implementation`.
+            trainable: whether an adapter's weights require gradients.
+
+        Raises:
+            FileNotFoundError: there is no checkpoint.
+            ValueError: it is damaged, or of another trie.
+        """
+        folder = Path(folder)
+        description = _read_description(folder / _DESCRIPTION)
+        saved = SemanticIds.load(folder / _IDS)
+        if saved.trie().fingerprint != description["trie"]:
+            raise ValueError(f"{folder}: {_IDS} does not match {_DESCRIPTION}, the checkpoint is damaged")
+        if semantic_ids is not None and semantic_ids.trie().fingerprint != description["trie"]:
+            raise ValueError(
+                f"{folder}: a checkpoint of another trie: its fingerprint is {description['trie']}, "
+                f"that of semantic_ids is {semantic_ids.trie().fingerprint}"
+            )
+        source = folder
+        if description["adapted"]:
+            source = description["base"] or folder / _BASE
+        model = _load_transformer(source, dtype, attention)
+        _extend_vocabulary(model, saved.vocab_size, seed=0)
+        if description["adapted"]:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+            if description["trains_embeddings"] and trainable:
+                _train_embeddings(model.get_base_model())
+        recommender = cls(
+            model,
+            semantic_ids or saved,
+            history_length=description["history_length"],
+            dropout=description["dropout"],
+        )
+        recommender.trains_embeddings = description["trains_embeddings"]
+        return recommender
+
+
+def build_t5(
+    semantic_ids: SemanticIds,
+    *,
+    layers: int = 4,
+    d_model: int = 128,
+    heads: int = 6,
+    d_kv: int = 64,
+    d_ff: int = 1024,
+    dropout: float = 0.1,
+    history_length: int = 20,
+    seed: int = 0,
+    attention: str = "sdpa",
+) -> GenerativeRecommender:
+    """A T5 from scratch, by default of the shape of TIGER (arXiv 2305.05065) and LETTER (arXiv 2405.07314).
+
+    It reads the tokens of the history and EOS. `layers` counts those of the encoder, and again those of the
+    decoder; `attention` is transformers' `attn_implementation`.
+    """
+    config = transformers.T5Config(
+        vocab_size=semantic_ids.vocab_size,
+        d_model=d_model,
+        d_kv=d_kv,
+        d_ff=d_ff,
+        num_layers=layers,
+        num_heads=heads,
+        dropout_rate=dropout,
+        pad_token_id=PAD,
+        eos_token_id=EOS,
+        decoder_start_token_id=PAD,
+    )
+    model = _from_config(transformers.AutoModelForSeq2SeqLM, config, seed, attention)
+    return GenerativeRecommender(model, semantic_ids, history_length=history_length)
+
+
+def build_decoder(
+    semantic_ids: SemanticIds,
+    *,
+    layers: int = 4,
+    d_model: int = 128,
+    heads: int = 4,
+    key_value_heads: int | None = None,
+    d_ff: int | None = None,
+    dropout: float = 0.1,
+    family: str = "llama",
+    history_length: int = 20,
+    max_positions: int = 2048,
+    seed: int = 0,
+    attention: str = "sdpa",
+) -> GenerativeRecommender:
+    """A small decoder-only model from scratch; it reads BOS and the tokens of the history.
+
+    These families only know dropout of attention weights, so `dropout` besides acts on the embeddings and on
+    what each attention and feed-forward block adds to the residual, as in the first transformers.
+
+    Args:
+        key_value_heads: fewer than `heads` for grouped-query attention.
+        d_ff: width of the gated feed-forward layers, by default 4 * d_model.
+        family: "llama", "mistral", "qwen2" or "qwen3".
+        max_positions: longest sequence in tokens; whole histories need it too.
+        attention: transformers' `attn_implementation`.
+
+    Raises:
+        ValueError: an unknown family, or sizes that do not fit together.
+    """
+    if family not in DECODER_FAMILIES:
+        raise ValueError(
+            f"family is {family!r}, needs one of {DECODER_FAMILIES}, or from_pretrained for others"
+        )
+    if d_model % heads:
+        raise ValueError(f"d_model is {d_model}, needs a multiple of heads, {heads}")
+    config = transformers.AutoConfig.for_model(
+        family,
+        vocab_size=semantic_ids.vocab_size,
+        hidden_size=d_model,
+        head_dim=d_model // heads,
+        intermediate_size=d_ff or 4 * d_model,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads or heads,
+        max_position_embeddings=max_positions,
+        attention_dropout=dropout,
+        sliding_window=None,
+        tie_word_embeddings=True,
+        pad_token_id=PAD,
+        eos_token_id=EOS,
+        bos_token_id=BOS,
+    )
+    model = _from_config(transformers.AutoModelForCausalLM, config, seed, attention)
+    return GenerativeRecommender(model, semantic_ids, history_length=history_length, dropout=dropout)
+
+
+def from_pretrained(
+    name_or_path: str | os.PathLike[str],
+    semantic_ids: SemanticIds,
+    *,
+    history_length: int = 20,
+    dropout: float = 0.0,
+    dtype: torch.dtype | None = None,
+    attention: str | None = None,
+    seed: int = 0,
+) -> GenerativeRecommender:
+    """A pretrained T5 or decoder-only model, its vocabulary extended by the tokens of `semantic_ids`.
+
+    Args:
+        name_or_path: as transformers takes it.
+        semantic_ids: its `first_token` is the size of the model's own vocabulary, so that no word becomes a code.
+        history_length: the latest items of a history that the model reads.
+        dropout: of embeddings and residual branches of a decoder-only model.
+        dtype: of the weights; by default as saved.
+        attention: transformers' `attn_implementation`.
+        seed: of the new embeddings.
+
+    Raises:
+        ValueError: `semantic_ids` starts inside the model's vocabulary.
+    """
+    model = _load_transformer(name_or_path, dtype, attention)
+    size = model.config.vocab_size
+    if semantic_ids.first_token < size:
+        raise ValueError(
+            f"semantic_ids starts at token {semantic_ids.first_token}, inside the model's vocabulary; "
+            f"make it with first_token={size}"
+        )
+    _extend_vocabulary(model, semantic_ids.vocab_size, seed)
+    recommender = GenerativeRecommender(model, semantic_ids, history_length=history_length, dropout=dropout)
+    recommender.trains_embeddings = True
+    return recommender
+
+
+def add_lora(
+    model: GenerativeRecommender,
+    *,
+    r: int = 8,
+    alpha: int = 16,
+    dropout: float = 0.0,
+    target_modules: Sequence[str] | str | None = None,
+) -> GenerativeRecommender:
+    """Freezes the model and adds low-rank adapters (LoRA, arXiv 2106.09685) through PEFT.
+
+    Where `from_pretrained` extended the vocabulary, the embeddings stay trainable: the new ones know nothing yet.
+
+    Args:
+        target_modules: names of the layers to adapt; by default PEFT's choice for the architecture.
+
+    Raises:
+        ValueError: the model has adapters already, or PEFT finds no such layers.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    if hasattr(model.model, "peft_config"):
+        raise ValueError("model has adapters already")
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=target_modules if target_modules is None else list(target_modules),
+        task_type="SEQ_2_SEQ_LM" if model.is_encoder_decoder else "CAUSAL_LM",
+    )
+    model.model = get_peft_model(model.model, config)
+    if model.trains_embeddings:
+        _train_embeddings(model.transformer)
+    return model
+
+
+def _special_token(config: Any, name: str, otherwise: int) -> int:
+    """A model's own special token; some have several that end a text, some have none."""
+    token = getattr(config, name, None)
+    if isinstance(token, list):
+        token = token[0] if token else None
+    return otherwise if token is None else token
+
+
+def _compact(tokens: Tensor) -> Tensor:
+    """Each row's tokens at its front in their order, then its -1s."""
+    return tokens.gather(1, (tokens < 0).long().argsort(dim=1, stable=True))
+
+
+def _positions(real: Tensor) -> Tensor:
+    """Positions of a left-padded prompt's tokens."""
+    return (real.cumsum(1) - 1).clamp(min=0)
+
+
+def _causal(real: Tensor) -> Tensor:
+    """Who sees whom (B, P, P) in a padded prompt; padding sees itself, since a row of nothing has no softmax."""
+    width = real.shape[1]
+    lower = torch.ones(width, width, dtype=torch.bool, device=real.device).tril()
+    itself = torch.eye(width, dtype=torch.bool, device=real.device)
+    return (lower & real.unsqueeze(1)) | itself
+
+
+def _apart(trajectories: int, length: int, device: torch.device) -> Tensor:
+    """Who sees whom (K * T, K * T) among trajectories laid end to end: each its own past only."""
+    one = torch.ones(length, length, device=device).tril()
+    return torch.kron(torch.eye(trajectories, device=device), one).bool()
+
+
+def _mean(states: Tensor, real: Tensor) -> Tensor:
+    """Mean over the real positions: (B, S, D), (B, S) -> (B, D)."""
+    weight = real.unsqueeze(-1).to(states.dtype)
+    return (states * weight).sum(1) / weight.sum(1)
+
+
+def _add_dropout(model: PreTrainedModel, rate: float) -> None:
+    """Dropout on the embeddings and on what each block adds to the residual stream."""
+
+    def drop(module: nn.Module, inputs: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (F.dropout(output[0], rate, module.training), *output[1:])
+        return F.dropout(output, rate, module.training)
+
+    model.get_input_embeddings().register_forward_hook(drop)
+    for layer in model.get_decoder().layers:
+        layer.self_attn.register_forward_hook(drop)
+        layer.mlp.register_forward_hook(drop)
+
+
+def _from_config(auto: Any, config: Any, seed: int, attention: str) -> PreTrainedModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return auto.from_config(config, attn_implementation=attention)
+
+
+def _load_transformer(
+    source: str | os.PathLike[str], dtype: torch.dtype | None, attention: str | None
+) -> PreTrainedModel:
+    config = transformers.AutoConfig.from_pretrained(source)
+    auto = (
+        transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+    )
+    options = {} if attention is None else {"attn_implementation": attention}
+    return auto.from_pretrained(source, dtype=dtype or "auto", **options)
+
+
+def _extend_vocabulary(model: PreTrainedModel, size: int, seed: int) -> None:
+    if model.config.vocab_size >= size:
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model.resize_token_embeddings(size)
+
+
+def _train_embeddings(model: PreTrainedModel) -> None:
+    for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
+        embeddings.requires_grad_(True)
+
+
+def _without_adapter(model: Any, state: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    """The adapted model's own weights under the names they had before PEFT."""
+    prefix = "base_model.model."
+    own = {}
+    for key, value in (model.state_dict() if state is None else state).items():
+        if ".lora_" in key or not key.startswith(prefix):
+            continue
+        own[key.removeprefix(prefix).replace(".base_layer.", ".")] = value
+    return own
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent}: no checkpoint, {path.name} is missing")
+    try:
+        description = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not a readable description: {error}") from error
+    if not isinstance(description, dict) or description.get("format") != _FORMAT:
+        raise ValueError(f"{path}: needs the format {_FORMAT!r}")
+    return description
+
+
+def _move_files(source: Path, target: Path) -> None:
+    """Moves all files of a folder into another, the description last: a checkpoint with it is whole."""
+    files = sorted(path.relative_to(source) for path in source.rglob("*") if path.is_file())
+    for file in sorted(files, key=lambda path: path.name == _DESCRIPTION):
+        (target / file).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(source / file, target / file)
