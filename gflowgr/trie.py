@@ -320,3 +320,5 @@ def _verify(arrays: dict[str, Tensor]) -> None:
     )
     rank_in_node = torch.arange(items) - begin[item_node[order]]
     require(((rank_in_node >= 0) & (rank_in_node < own[item_node[order]])).all(), "item_order is out of order")
+    same_node = item_node[order[1:]] == item_node[order[:-1]]
+    require(((order[1:] > order[:-1]) | ~same_node).all(), "the items of a node are not in ascending order")
