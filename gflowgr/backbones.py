@@ -34,10 +34,12 @@ class Policy(NamedTuple):
         logits: (B, K, L, V) or (B, W, L, V); `logits[..., l, :]` predicts token l of the item. Where an item's
             token is -1 they mean nothing.
         context: (B, D) or (B, W, D), the state of the model when it starts to write.
+        hidden: (B, K, L, D) or (B, W, L, D), the states behind `logits`: what a learned flow of each prefix reads.
     """
 
     logits: Tensor
     context: Tensor
+    hidden: Tensor
 
 
 @dataclass
@@ -221,10 +223,12 @@ class GenerativeRecommender(nn.Module):
             attention_mask=mask,
             decoder_input_ids=inputs.flatten(1),
             decoder_attention_mask=self._additive(visible),
+            output_hidden_states=True,
             use_cache=False,
         )
         logits = output.logits.unflatten(1, (trajectories, length))
-        return Policy(logits, _mean(output.encoder_last_hidden_state, mask))
+        hidden = output.decoder_hidden_states[-1].unflatten(1, (trajectories, length))
+        return Policy(logits, _mean(output.encoder_last_hidden_state, mask), hidden)
 
     def _score_after_prompt(self, history: Tensor, tokens: Tensor) -> Policy:
         """The prompt once, then the trajectories side by side: each sees the prompt and itself alone."""
@@ -251,7 +255,8 @@ class GenerativeRecommender(nn.Module):
             use_cache=False,
         )
         logits = output.logits.unflatten(1, (trajectories, length))
-        return Policy(logits, output.hidden_states[-1][:, width - 1])
+        states = output.hidden_states[-1]
+        return Policy(logits, states[:, width - 1], states[:, kept].unflatten(1, (trajectories, length)))
 
     def _score_histories(self, items: Tensor) -> Policy:
         if self.is_encoder_decoder:
@@ -268,15 +273,14 @@ class GenerativeRecommender(nn.Module):
             input_ids=inputs.masked_fill(inputs < 0, self._pad), output_hidden_states=True, use_cache=False
         )
         logits, states = output.logits, output.hidden_states[-1]
-        if self._equal_lengths:
-            states = states[:, :: self.semantic_ids.length]
-        else:
+        if not self._equal_lengths:
             real = tokens >= 0
-            before = (real.cumsum(1) - real.long()).clamp(max=inputs.shape[1] - 1)
-            logits = logits.gather(1, before.unsqueeze(-1).expand(-1, -1, logits.shape[-1]))
-            first = before[:, :: self.semantic_ids.length]
-            states = states.gather(1, first.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
-        return Policy(logits.view(batch, width, self.semantic_ids.length, -1), states)
+            before = (real.cumsum(1) - real.long()).clamp(max=inputs.shape[1] - 1).unsqueeze(-1)
+            logits = logits.gather(1, before.expand(-1, -1, logits.shape[-1]))
+            states = states.gather(1, before.expand(-1, -1, states.shape[-1]))
+        shape = (batch, width, self.semantic_ids.length, -1)
+        hidden = states.view(shape)
+        return Policy(logits.view(shape), hidden[:, :, 0], hidden)
 
     def encode(self, history: Tensor) -> Context:
         """Reads histories (B, H) and is then ready to write; the start of every kind of generation.
