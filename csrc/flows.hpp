@@ -105,7 +105,7 @@ struct ChildTarget {
     for (std::int64_t child = 0; child < kids.count; ++child) {
       const S log_target = target.log_prob(child);
       if (log_target == -std::numeric_limits<S>::infinity()) continue;
-      divergence += std::exp(log_target) * (log_target - policy.log_prob(child));
+      divergence += target.probability(child) * (log_target - policy.log_prob(child));
     }
     return static_cast<S>(divergence);
   }
@@ -143,7 +143,7 @@ void flow_matching_backward(const Trie& trie, const Logits<T>& logits, const std
                    if (!row.has_choice) continue;
                    for (std::int64_t child = 0; child < kids.count; ++child) {
                      const Sum<T> log_policy = row.policy.log_prob(child), log_target = row.target.log_prob(child);
-                     const double probability = std::exp(log_policy), target = std::exp(log_target);
+                     const double probability = row.policy.probability(child), target = row.target.probability(child);
                      grad_logits[r * logits.width + kids.tokens[child]] = narrow<T>(grad[r] * (probability - target));
                      if (grad_flows != nullptr && target > 0)
                        grad_flows[offset + kids.first + child] +=

@@ -5,6 +5,7 @@
 #include <limits>
 #include <vector>
 
+#include "exponentials.hpp"
 #include "parallel.hpp"
 #include "scalar.hpp"
 #include "trie.hpp"
@@ -39,24 +40,38 @@ class Policy {
   template <class T>
   void read(const T* row, std::int64_t stride, const Children& kids) {
     values_.resize(kids.count);
-    peak_ = -std::numeric_limits<S>::infinity();
-    for (std::int64_t child = 0; child < kids.count; ++child) {
-      const S value = widen(row[kids.tokens[child] * stride]);
-      values_[child] = value;
-      peak_ = value > peak_ || std::isnan(value) ? value : peak_;
+    exponentials_.resize(kids.count);
+    const std::int64_t lowest = kids.tokens[0];
+    if (stride == 1 && kids.tokens[kids.count - 1] - lowest == kids.count - 1) {
+      for (std::int64_t child = 0; child < kids.count; ++child) values_[child] = widen(row[lowest + child]);
+    } else {
+      for (std::int64_t child = 0; child < kids.count; ++child)
+        values_[child] = widen(row[kids.tokens[child] * stride]);
     }
-    total_ = 0;
-    for (const S value : values_) total_ += std::exp(value - peak_);
+    peak_ = largest(values_.data(), kids.count);
+    total_ = exp_differences(values_.data(), kids.count, peak_, exponentials_.data());
     log_total_ = std::log(total_);
+    one_over_total_ = 1 / total_;
   }
   S log_prob(std::int64_t child) const { return (values_[child] - peak_) - static_cast<S>(log_total_); }
-  S value(std::int64_t child) const { return values_[child]; }
-  S peak() const { return peak_; }
+  double probability(std::int64_t child) const { return exponentials_[child] * one_over_total_; }
+
+  // Probabilities up to a factor at another temperature, and that factor.
+  double heat(double temperature, std::vector<S>& mass) const {
+    mass.resize(values_.size());
+    if (temperature == 1) {
+      mass = exponentials_;
+      return total_;
+    }
+    for (std::size_t child = 0; child < values_.size(); ++child)
+      mass[child] = static_cast<S>((values_[child] - peak_) / temperature);
+    return exp_differences(mass.data(), static_cast<std::int64_t>(mass.size()), S{0}, mass.data());
+  }
 
  private:
-  std::vector<S> values_;
+  std::vector<S> values_, exponentials_;
   S peak_ = 0;
-  double total_ = 0, log_total_ = 0;
+  double total_ = 0, log_total_ = 0, one_over_total_ = 0;
 };
 
 // The node after each token of (B, T), from start (B,); -1 from the first miss on.
@@ -163,10 +178,10 @@ void token_log_probs_backward(const Trie& trie, const Logits<T>& logits, const s
                             const std::int64_t r = b * steps + t;
                             policy.read(logits.row(r), logits.token_stride, kids);
                             T* row = grad_logits + r * logits.width - logits.first_token;
-                            for (std::int64_t child = 0; child < kids.count; ++child) {
-                              const double hit = kids.first + child == next ? 1.0 : 0.0;
-                              row[kids.tokens[child]] = narrow<T>(grad[r] * (hit - std::exp(policy.log_prob(child))));
-                            }
+                            for (std::int64_t child = 0; child < kids.count; ++child)
+                              row[kids.tokens[child]] = narrow<T>(-grad[r] * policy.probability(child));
+                            const std::int64_t hit = next - kids.first;
+                            row[kids.tokens[hit]] = narrow<T>(grad[r] * (1.0 - policy.probability(hit)));
                           });
                  }
                });
@@ -180,7 +195,7 @@ void sample(const Trie& trie, const Logits<T>& logits, const std::int64_t* nodes
   using S = Sum<T>;
   parallel_for(logits.rows(), kRowGrain, threads, [&](std::int64_t begin, std::int64_t end) {
     Policy<S> policy;
-    std::vector<double> mass;
+    std::vector<S> mass;
     for (std::int64_t r = begin; r < end; ++r) {
       const Children kids = trie.children(nodes[r]);
       if (kids.count == 0) {
@@ -192,14 +207,8 @@ void sample(const Trie& trie, const Logits<T>& logits, const std::int64_t* nodes
       S log_prob = 0;
       if (kids.count > 1) {
         policy.read(logits.row(r), logits.token_stride, kids);
-        mass.resize(kids.count);
-        double total = 0;
-        for (std::int64_t child = 0; child < kids.count; ++child) {
-          mass[child] = std::exp((policy.value(child) - policy.peak()) / temperature);
-          total += mass[child];
-        }
         // The last child with mass stays drawn when rounding leaves the target above the sum.
-        const double target = uniform[r] * total;
+        const double target = uniform[r] * policy.heat(temperature, mass);
         double reached = 0;
         for (std::int64_t child = 0; child < kids.count; ++child) {
           if (!(mass[child] > 0)) continue;
