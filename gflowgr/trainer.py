@@ -1,0 +1,433 @@
+"""GFlowNet fine-tuning as a `transformers.Trainer`: draws trajectories, rewards them, and takes the loss."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import Trainer
+
+from gflowgr import generation, ops
+from gflowgr.backbones import GenerativeRecommender
+from gflowgr.collaborative import CollaborativeModel
+from gflowgr.config import GFlowGRConfig
+from gflowgr.data import Examples, Histories, collate
+from gflowgr.metrics import Metrics, ranking_metrics
+from gflowgr.objectives import TrajectoryBatch, diagnostics, gfn_loss, sft_loss
+from gflowgr.rewards import RewardContext, RewardModel
+from gflowgr.sampling import STRATEGIES, Draw, TrajectorySampler
+
+_HEADS = "gflownet_heads.safetensors"
+
+
+@dataclass(frozen=True)
+class ContextBatch:
+    """The contexts of a step: C of them, each with its K trajectories.
+
+    Attributes:
+        history: (B, H) item ids of windows, or None.
+        items: (B, W) item ids of whole histories, or None.
+        trajectories: (C, K) item ids, column 0 the observed item.
+        rewards: what the reward model reads, C rows; None for supervised fine-tuning.
+    """
+
+    history: Tensor | None
+    items: Tensor | None
+    trajectories: Tensor
+    rewards: RewardContext | None
+
+
+class PolicyWithRewards(nn.Module):
+    """Everything a step has parameters in, behind one forward: DDP and FSDP wrap it as it is.
+
+    Its forward takes a `ContextBatch` and gives the loss and what it was made of.
+    """
+
+    def __init__(
+        self, recommender: GenerativeRecommender, reward_model: RewardModel | None, args: GFlowGRConfig
+    ) -> None:
+        super().__init__()
+        self.recommender = recommender
+        self.reward_model = reward_model
+        self.objective, self.flows, self.subtb_lambda = args.objective, args.flows, args.subtb_lambda
+        self.sft_weight = 1.0 if args.objective == "sft" else args.sft_weight
+        self.gfn_weight = 0.0 if args.objective == "sft" else args.gfn_weight
+        learned = args.flows == "learned" and args.objective != "sft"
+        self.flow_head = nn.Linear(recommender.config.hidden_size, 1) if learned else None
+        if self.flow_head is not None:
+            nn.init.zeros_(self.flow_head.weight)
+            nn.init.zeros_(self.flow_head.bias)
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def clock(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - began
+
+    def forward(self, contexts: ContextBatch) -> dict[str, Any]:
+        trie = self.recommender.trie
+        with self.clock("forward"):
+            tokens = self.recommender.tokens(contexts.trajectories)
+            if contexts.items is None:
+                policy = self.recommender(contexts.history, contexts.trajectories)
+                logits, hidden = policy.logits, policy.hidden
+            else:
+                policy = self.recommender(items=contexts.items)
+                is_target = contexts.items[:, 1:] >= 0
+                logits = policy.logits[:, 1:][is_target].unsqueeze(1)
+                hidden = policy.hidden[:, 1:][is_target].unsqueeze(1)
+        batch = TrajectoryBatch(logits, tokens, trie)
+        terms: dict[str, Tensor] = {}
+        if self.reward_model is not None and contexts.rewards is not None:
+            with self.clock("reward"):
+                rewards = self.reward_model(contexts.rewards)
+                batch.log_flows = ops.trie_log_flows(rewards.log_rewards, trie)
+                terms = rewards.terms
+            if self.flow_head is not None:
+                batch.learned_log_flows = self.flow_head(hidden).squeeze(-1).float()
+        with self.clock("loss"):
+            sft = sft_loss(batch) if self.sft_weight else None
+            gfn = gfn_loss(batch, self.objective, self.flows, self.subtb_lambda) if self.gfn_weight else None
+            loss = sum(
+                weight * part for weight, part in ((self.sft_weight, sft), (self.gfn_weight, gfn)) if part is not None
+            )
+        return {"loss": loss, "sft_loss": sft, "gfn_loss": gfn, "batch": batch, "terms": terms}
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the recommender and, where there are any, the learned flows' and rewards' parameters."""
+        self.recommender.save_pretrained(folder)
+        heads = self._head_state()
+        if heads:
+            save_file(heads, Path(folder) / _HEADS)
+
+    def load_weights(self, folder: str | os.PathLike[str]) -> None:
+        """Takes over what `save_pretrained` wrote; a checkpoint of another catalogue raises ValueError."""
+        saved = GenerativeRecommender.load(folder)
+        if saved.trie.fingerprint != self.recommender.trie.fingerprint:
+            raise ValueError(f"checkpoint {os.fspath(folder)!r} was trained on another trie than this catalogue's")
+        self.recommender.load_state_dict(saved.state_dict())
+        wanted = self._head_state()
+        if wanted:
+            heads = load_file(Path(folder) / _HEADS)
+            if set(heads) != set(wanted):
+                raise ValueError(
+                    f"checkpoint {os.fspath(folder)!r} has the heads {sorted(heads)}, needs {sorted(wanted)}"
+                )
+            self.load_state_dict(heads, strict=False)
+
+    def _head_state(self) -> dict[str, Tensor]:
+        return {
+            name: value.detach().cpu().contiguous()
+            for name, value in self.state_dict().items()
+            if name.startswith(("flow_head.", "reward_model."))
+        }
+
+
+class GFlowGRTrainer(Trainer):
+    """Trains a generative recommender with `L = sft_weight * L_SFT + gfn_weight * L_GFN` (arXiv 2506.16114).
+
+    Args:
+        recommender: the policy; trained in place.
+        args: the settings.
+        train_dataset: `Examples` (one context a row, K trajectories of each), or `Histories` (decoder-only:
+            every item of a history is a context with its observed item as the one trajectory, in one pass).
+        eval_dataset: `Examples` to rank the whole catalogue for.
+        reward_model: needed unless the objective is "sft".
+        sampler: draws trajectories beside the observed item; needed where `args.num_trajectories` is above 1.
+        collaborative: gives `scores(histories)` to the sampler and the reward model, where they use them.
+        callbacks: of transformers.
+
+    Raises:
+        ValueError: settings and parts do not fit each other.
+        FloatingPointError: a loss that is not finite, with its cause.
+    """
+
+    def __init__(
+        self,
+        recommender: GenerativeRecommender,
+        args: GFlowGRConfig,
+        train_dataset: Examples | Histories | None = None,
+        eval_dataset: Examples | None = None,
+        *,
+        reward_model: RewardModel | None = None,
+        sampler: TrajectorySampler | None = None,
+        collaborative: CollaborativeModel | None = None,
+        callbacks: list[Any] | None = None,
+    ) -> None:
+        _check_parts(recommender, args, train_dataset, reward_model, sampler, collaborative)
+        self.reward_model = reward_model
+        self.sampler = sampler
+        self.collaborative = collaborative
+        self._figures: dict[str, list[float]] = defaultdict(list)
+        self._timer = time.perf_counter()
+        super().__init__(
+            model=PolicyWithRewards(recommender, reward_model, args),
+            args=args,
+            data_collator=collate,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=callbacks,
+        )
+        self.model_accepts_loss_kwargs = False
+
+    @property
+    def policy(self) -> PolicyWithRewards:
+        """The module under whatever wraps it."""
+        return self.accelerator.unwrap_model(self.model)  # type: ignore[no-any-return]
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        with self.policy.clock("sampler"):
+            contexts, draw = self._contexts(inputs)
+        outputs = model(contexts)
+        loss = outputs["loss"]
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss.item()} at step {self.state.global_step}: {self._cause(outputs)}"
+            )
+        if model.training:
+            self._record(outputs, contexts, draw)
+        return (loss, outputs) if return_outputs else loss
+
+    def _contexts(self, inputs: dict[str, Tensor]) -> tuple[ContextBatch, Draw | None]:
+        """The step's contexts with their trajectories drawn."""
+        whole = "items" in inputs
+        single = _contexts_of_histories(inputs, self.policy.recommender.history_length) if whole else inputs
+        scores = self._scores(single["history"])
+        draw = None if whole or self.sampler is None else self._draw(single, scores)
+        return ContextBatch(
+            history=None if whole else inputs["history"],
+            items=inputs["items"] if whole else None,
+            trajectories=single["target"].unsqueeze(1) if draw is None else draw.items,
+            rewards=None if self.reward_model is None else _reward_context(single, scores),
+        ), draw
+
+    @torch.no_grad()
+    def _scores(self, history: Tensor) -> Tensor | None:
+        if self.collaborative is None or (self.sampler is None and self.reward_model is None):
+            return None
+        return self.collaborative.scores(history).to(history.device)
+
+    def _draw(self, inputs: dict[str, Tensor], scores: Tensor | None) -> Draw:
+        assert self.sampler is not None
+        return self.sampler.draw(
+            step=self.state.global_step,
+            total_steps=max(self.state.max_steps, 1),
+            index=inputs["index"],
+            target=inputs["target"],
+            history=inputs["history"],
+            future=inputs["future"],
+            scores=scores,
+            policy_items=self._policy_items(inputs["history"]),
+        )
+
+    def _policy_items(self, history: Tensor) -> Callable[[int], Tensor]:
+        """The model's own items for the "policy" strategy, drawn by a seed of this step."""
+
+        def draw(count: int) -> Tensor:
+            seed = (self.args.seed << 32) + self.state.global_step
+            generator = torch.Generator(history.device).manual_seed(seed)
+            return generation.sample(self.policy.recommender, history, count, generator=generator).items
+
+        return draw
+
+    def _record(self, outputs: dict[str, Any], contexts: ContextBatch, draw: Draw | None) -> None:
+        """Keeps this step's figures until the next log."""
+        for name in ("sft_loss", "gfn_loss"):
+            if outputs[name] is not None:
+                self._figures[name].append(float(outputs[name].detach()))
+        for name, term in outputs["terms"].items():
+            of_target = term.detach().gather(1, contexts.trajectories[:, :1])
+            self._figures[f"reward/{name}"].append(float(term.detach().mean()))
+            self._figures[f"reward/{name}_of_target"].append(float(of_target.mean()))
+        if draw is not None:
+            for name, share in draw.shares().items():
+                self._figures[f"drawn/{name}"].append(share)
+            assert contexts.history is not None
+            drawn = draw.items[:, 1:]
+            seen = (drawn.unsqueeze(-1) == contexts.history.unsqueeze(1)).any(-1)
+            self._figures["off_history_share"].append(float((~seen).float().mean()))
+            self._record_mass_found(outputs["batch"], draw)
+        if (self.state.global_step + 1) % max(int(self.state.logging_steps), 1) == 0:
+            for name, figure in diagnostics(outputs["batch"]).items():
+                self._figures[name].append(figure)
+
+    def _record_mass_found(self, batch: TrajectoryBatch, draw: Draw) -> None:
+        """The share of the reward that a drawn item holds, by the strategy that drew it."""
+        if batch.log_flows is None:
+            return
+        share = (batch.log_rewards.detach() - batch.log_flows[:, :1].detach()).exp()
+        for number, name in enumerate(STRATEGIES):
+            chosen = share[draw.strategy == number]
+            if chosen.numel():
+                self._figures[f"mass_per_draw/{name}"].append(float(chosen.mean()))
+
+    def _cause(self, outputs: dict[str, Any]) -> str:
+        """Why a loss is not finite."""
+        broken = [name for name, p in self.policy.named_parameters() if not torch.isfinite(p).all()]
+        if broken:
+            return f"the parameter {broken[0]} is not finite since the last step (lower the learning rate?)"
+        batch: TrajectoryBatch = outputs["batch"]
+        if not torch.isfinite(batch.logits).all():
+            return "the model's logits are not finite though its parameters are"
+        if batch.log_flows is not None and not torch.isfinite(batch.log_flows[:, 0]).all():
+            return "the rewards of a context sum to 0 or overflow, so log Z is not finite (set a floor)"
+        if batch.log_flows is not None and not torch.isfinite(batch.log_rewards).all():
+            return "a trajectory's reward is 0, so log R is -inf (set a floor)"
+        if not torch.isfinite(batch.log_probs).all():
+            return "a trajectory leaves the trie or has probability 0"
+        return "the loss overflows"
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs = {**logs, **{name: sum(values) / len(values) for name, values in self._figures.items()}}
+            elapsed = time.perf_counter() - self._timer
+            for name, seconds in self.policy.seconds.items():
+                logs[f"time_share/{name}"] = seconds / elapsed
+            self._figures.clear()
+            self.policy.seconds.clear()
+            self._timer = time.perf_counter()
+        super().log(logs, start_time)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._timer = time.perf_counter()
+        return super().train(*args, **kwargs)
+
+    def rank(self, dataset: Examples) -> Metrics:
+        """Ranks the whole catalogue for each example and measures the lists."""
+        recommender, args = self.policy.recommender, self.args
+        assert isinstance(args, GFlowGRConfig)
+        generated = generation.generate(
+            recommender,
+            dataset.history,
+            num_items=args.eval_num_items,
+            num_beams=args.eval_num_beams,
+            exclude_history=args.exclude_history,
+            batch_size=args.per_device_eval_batch_size,
+        )
+        return ranking_metrics(
+            generated.items,
+            dataset.target,
+            ks=sorted({min(5, args.eval_num_items), args.eval_num_items}),
+            num_items=recommender.semantic_ids.num_items,
+            codes=recommender.semantic_ids.codes,
+            target_log_probs=generation.target_log_probs(
+                recommender, dataset.history, dataset.target, batch_size=args.per_device_eval_batch_size
+            ),
+        )
+
+    def evaluate(
+        self,
+        eval_dataset: Examples | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None:
+            raise ValueError("eval_dataset is None, needs Examples here or in the trainer's arguments")
+        began = time.perf_counter()
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.rank(dataset).summary().items()}
+        metrics[f"{metric_key_prefix}_users_per_second"] = len(dataset) / (time.perf_counter() - began)
+        self._timer += time.perf_counter() - began
+        self.log({name: value for name, value in metrics.items() if math.isfinite(value)})
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        head = self.policy.flow_head
+        assert isinstance(self.args, GFlowGRConfig)
+        if head is not None:
+            own = {id(p) for p in head.parameters()}
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if id(p) not in own]
+            optimizer.add_param_group(
+                {"params": list(head.parameters()), "lr": self.args.flow_learning_rate, "weight_decay": 0.0}
+            )
+        return optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+        self.policy.save_pretrained(folder)
+        torch.save(self.args, folder / "training_args.bin")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.policy.load_weights(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        self.policy.load_weights(self.state.best_model_checkpoint)
+
+
+def _contexts_of_histories(inputs: dict[str, Tensor], history_length: int) -> dict[str, Tensor]:
+    """One row for each item of whole histories but the first of a row: what came before it, and it as target."""
+    items, value = inputs["items"], inputs["value"]
+    width = items.shape[1]
+    position = torch.arange(1, width, device=items.device).unsqueeze(1)
+    slot = torch.arange(history_length, device=items.device)
+    length = position.clamp(max=history_length)
+    source = (position - length + slot).clamp(max=width - 1)
+    windows = torch.where(slot < length, items[:, source], -1)
+    rows = items[:, 1:] >= 0
+    nothing = items.new_empty(int(rows.sum()), 0)
+    return {
+        "history": windows[rows],
+        "target": items[:, 1:][rows],
+        "value": value[:, 1:][rows],
+        "future": nothing,
+        "future_value": nothing.to(value.dtype),
+    }
+
+
+def _reward_context(inputs: dict[str, Tensor], scores: Tensor | None) -> RewardContext:
+    return RewardContext(
+        history=inputs["history"],
+        target=inputs["target"],
+        value=inputs["value"],
+        future=inputs["future"],
+        future_value=inputs["future_value"],
+        scores=scores,
+    )
+
+
+def _check_parts(
+    recommender: GenerativeRecommender,
+    args: GFlowGRConfig,
+    train_dataset: Examples | Histories | None,
+    reward_model: RewardModel | None,
+    sampler: TrajectorySampler | None,
+    collaborative: CollaborativeModel | None,
+) -> None:
+    num_items = recommender.semantic_ids.num_items
+    if args.objective != "sft" and args.gfn_weight and reward_model is None:
+        raise ValueError(f"reward_model is None, needs a RewardModel for objective {args.objective!r}")
+    whole = isinstance(train_dataset, Histories)
+    if whole and recommender.is_encoder_decoder:
+        raise ValueError("train_dataset is Histories, needs Examples for an encoder-decoder model")
+    if whole and args.num_trajectories > 1:
+        raise ValueError(f"num_trajectories is {args.num_trajectories}, needs 1 with Histories")
+    if not whole and args.num_trajectories > 1 and sampler is None:
+        raise ValueError(f"sampler is None, needs a TrajectorySampler for {args.num_trajectories} trajectories")
+    if sampler is not None and sampler.num_trajectories != args.num_trajectories:
+        raise ValueError(
+            f"sampler draws {sampler.num_trajectories} trajectories, needs num_trajectories={args.num_trajectories}"
+        )
+    for name, part in (("sampler", sampler), ("reward_model", reward_model), ("collaborative", collaborative)):
+        if part is not None and part.num_items != num_items:
+            raise ValueError(f"{name} is for {part.num_items} items, needs the semantic IDs' {num_items}")
