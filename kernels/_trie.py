@@ -1,0 +1,113 @@
+"""What kernels do on a trie and on the logits of a node's children.
+
+A node's children are the nodes `first .. end - 1`; nodes, tokens and offsets are int64. `row` points to the
+logits of one row at token 0, and `sums` is the dtype that sums run in.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def children(node, first_child, num_nodes):
+    """`first` and `end` of a node; equal for one off the trie."""
+    inside = (node >= 0) & (node < num_nodes)
+    first = tl.load(first_child + node, mask=inside, other=0)
+    end = tl.load(first_child + node + 1, mask=inside, other=0)
+    return first.to(tl.int64), end.to(tl.int64)
+
+
+@triton.jit
+def find_child(first, end, wanted, token):
+    """The child by the token `wanted`, -1 where there is none."""
+    low = first
+    high = end
+    while low < high:
+        middle = low + (high - low) // 2
+        below = tl.load(token + middle) < wanted
+        low = tl.where(below, middle + 1, low)
+        high = tl.where(below, high, middle)
+    found = tl.load(token + low, mask=low < end, other=-1)
+    return tl.where((low < end) & (found == wanted), low, -1)
+
+
+@triton.jit
+def walk(tokens, steps, start, first_child, token, num_nodes):
+    """The node that `steps` tokens lead to, -1 off the trie, and whether a padding is among them."""
+    node = start
+    padding = node != node
+    for step in range(steps):
+        wanted = tl.load(tokens + step)
+        padding = padding | (wanted < 0)
+        first, end = children(node, first_child, num_nodes)
+        node = find_child(first, end, wanted, token)
+    return node, padding
+
+
+@triton.jit
+def logits_row(logits, batch, step, batch_stride, step_stride):
+    """Points to row (batch, step) of logits (B, T, V) with any strides."""
+    return logits + batch.to(tl.int64) * batch_stride + step.to(tl.int64) * step_stride
+
+
+@triton.jit
+def child_block(begin, end, token, BLOCK: tl.constexpr):
+    """The children from `begin` on, as many as fit: nodes, tokens, and which of them exist."""
+    child = begin + tl.arange(0, BLOCK)
+    exists = child < end
+    return child, tl.load(token + child, mask=exists, other=0).to(tl.int64), exists
+
+
+@triton.jit
+def child_logits(row, token_stride, tokens, exists, sums: tl.constexpr):
+    """The logits of a block of children, -inf for the missing ones."""
+    return tl.load(row + tokens * token_stride, mask=exists, other=float("-inf")).to(sums)
+
+
+@triton.jit
+def raise_peak(peak, values):
+    """The largest value so far, and the old peak and the values relative to it.
+
+    While all values are -inf they are taken relative to 0, for -inf - -inf would be NaN and spoil the sum.
+    """
+    highest = tl.maximum(peak, tl.max(values, 0))
+    base = tl.where(highest == float("-inf"), 0.0, highest)
+    return highest, peak - base, values - base
+
+
+@triton.jit
+def peak_and_log_total(row, token_stride, first, end, token, sums: tl.constexpr, BLOCK: tl.constexpr):
+    """m and s such that the log-prob of a child is its logit - m - s, with m near the largest logit."""
+    peak = tl.full((), float("-inf"), sums)
+    total = tl.full((), 0.0, sums)
+    for begin in range(first, end, BLOCK):
+        _, tokens, exists = child_block(begin, end, token, BLOCK)
+        values = child_logits(row, token_stride, tokens, exists, sums)
+        peak, lowered, relative = raise_peak(peak, values)
+        total = total * tl.exp(lowered) + tl.sum(tl.exp(relative), 0)
+    # Children that are all at -inf have no distribution: NaN, as from torch.log_softmax.
+    log_total = tl.log(tl.where(total == 0.0, float("nan"), total))
+    return tl.where(peak == float("-inf"), 0.0, peak), log_total
+
+
+@triton.jit
+def end_of_choice(first, end):
+    """`end`, or `first` where there is one child at most: then nothing is to choose and no logit is read."""
+    return tl.where(end - first > 1, end, first)
+
+
+@triton.jit
+def step_log_prob(
+    row, token_stride, wanted, node, first_child, token, num_nodes, sums: tl.constexpr, BLOCK: tl.constexpr
+):
+    """log P_F of the token `wanted` at a node, and the child by it; -inf and -1 where there is none."""
+    first, end = children(node, first_child, num_nodes)
+    child = find_child(first, end, wanted, token)
+    read_end = tl.where(child >= 0, end_of_choice(first, end), first)
+    chooses = read_end > first
+    peak, log_total = peak_and_log_total(row, token_stride, first, read_end, token, sums, BLOCK)
+    value = tl.load(row + wanted * token_stride, mask=chooses, other=0.0).to(sums)
+    log_prob = tl.where(chooses, value - peak - log_total, 0.0)
+    return tl.where(child >= 0, log_prob, float("-inf")), child

@@ -1,0 +1,109 @@
+"""One draw a row under the forward policy."""
+
+from __future__ import annotations
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import block_of, kernel, launch, sums
+from ._trie import child_block, child_logits, children, end_of_choice, logits_row, raise_peak
+
+
+@kernel
+def _sample(
+    logits,
+    batch_stride: tl.int64,
+    step_stride: tl.int64,
+    token_stride: tl.int64,
+    nodes,
+    first_child,
+    token,
+    num_nodes: tl.int32,
+    uniform,
+    temperature: tl.float64,
+    drawn_tokens,
+    drawn_nodes,
+    log_probs,
+    steps: tl.int32,
+    BLOCK: tl.constexpr,
+):
+    sums: tl.constexpr = log_probs.dtype.element_ty
+    divisor = tl.full((), temperature, sums)
+    index = tl.program_id(0)
+    row = logits_row(logits, index // steps, index % steps, batch_stride, step_stride)
+    first, end = children(tl.load(nodes + index), first_child, num_nodes)
+    choice_end = end_of_choice(first, end)
+
+    # The CDF is summed in float64 whatever the logits: `uniform` has 53 bits, a node thousands of children.
+    peak = tl.full((), float("-inf"), sums)
+    total = tl.full((), 0.0, sums)
+    mass_total = tl.full((), 0.0, tl.float64)
+    for begin in range(first, choice_end, BLOCK):
+        _, tokens, exists = child_block(begin, choice_end, token, BLOCK)
+        values = child_logits(row, token_stride, tokens, exists, sums)
+        peak, lowered, relative = raise_peak(peak, values)
+        total = total * tl.exp(lowered) + tl.sum(tl.exp(relative), 0)
+        mass = tl.exp(relative / divisor).to(tl.float64)
+        mass_total = mass_total * tl.exp(lowered / divisor).to(tl.float64) + tl.sum(mass, 0)
+
+    # Without a distribution (a NaN, or all at -inf) no child has mass, and the first one is drawn.
+    peak = tl.where(total > 0.0, peak, float("nan"))
+    target = tl.load(uniform + index) * mass_total
+    before = tl.full((), 0.0, tl.float64)
+    drawn = end
+    last_possible = first
+    for begin in range(first, choice_end, BLOCK):
+        child, tokens, exists = child_block(begin, choice_end, token, BLOCK)
+        values = child_logits(row, token_stride, tokens, exists, sums)
+        mass = tl.exp((values - peak) / divisor).to(tl.float64)
+        possible = mass > 0.0
+        mass = tl.where(possible, mass, 0.0)
+        reached = possible & (before + tl.cumsum(mass, 0) > target)
+        drawn = tl.minimum(drawn, tl.min(tl.where(reached, child, end), 0))
+        last_possible = tl.maximum(last_possible, tl.max(tl.where(possible, child, first), 0))
+        before += tl.sum(mass, 0)
+    # Rounding can leave the target above the sum.
+    drawn = tl.where(drawn < end, drawn, last_possible)
+
+    alive = first < end
+    chooses = first < choice_end
+    drawn_token = tl.load(token + drawn, mask=alive, other=-1).to(tl.int64)
+    value = tl.load(row + drawn_token * token_stride, mask=chooses, other=0.0).to(sums)
+    log_prob = value - peak - tl.log(tl.where(total > 0.0, total, 1.0))
+    tl.store(drawn_tokens + index, drawn_token)
+    tl.store(drawn_nodes + index, tl.where(alive, drawn, -1))
+    tl.store(log_probs + index, tl.where(chooses, log_prob, 0.0))
+
+
+def trie_sample(
+    logits: Tensor,
+    nodes: Tensor,
+    first_child: Tensor,
+    token: Tensor,
+    max_children: int,
+    uniform: Tensor,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    drawn_tokens, drawn_nodes = (
+        torch.empty(nodes.shape, dtype=torch.int64, device=logits.device) for _ in range(2)
+    )
+    log_probs = sums(logits, nodes.shape)
+    launch(
+        _sample,
+        nodes.numel(),
+        logits,
+        *logits.stride(),
+        nodes.contiguous(),
+        first_child,
+        token,
+        token.numel(),
+        uniform.contiguous(),
+        temperature,
+        drawn_tokens,
+        drawn_nodes,
+        log_probs,
+        nodes.shape[1],
+        **block_of(max_children),
+    )
+    return drawn_tokens, drawn_nodes, log_probs

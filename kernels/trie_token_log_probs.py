@@ -1,0 +1,152 @@
+"""Log-probs of given tokens under the forward policy, and their gradient.
+
+One program for each token, which walks there from the start by itself: a binary search a level, in trie rows
+that all programs share in cache. One for each path would save those searches, but run its softmaxes one after
+another, and they are what takes the time; here they run side by side.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import block_of, kernel, launch, sums
+from ._trie import (
+    child_block,
+    child_logits,
+    children,
+    end_of_choice,
+    find_child,
+    logits_row,
+    peak_and_log_total,
+    step_log_prob,
+    walk,
+)
+
+
+@kernel
+def _token_log_probs(
+    logits,
+    batch_stride: tl.int64,
+    step_stride: tl.int64,
+    token_stride: tl.int64,
+    first_token: tl.int32,
+    tokens,
+    start,
+    first_child,
+    token,
+    num_nodes: tl.int32,
+    log_probs,
+    steps: tl.int32,
+    BLOCK: tl.constexpr,
+):
+    sums: tl.constexpr = log_probs.dtype.element_ty
+    index = tl.program_id(0)
+    batch = index // steps
+    step = index % steps
+    path = tokens + batch.to(tl.int64) * steps
+    node, padding = walk(path, step, tl.load(start + batch), first_child, token, num_nodes)
+    wanted = tl.load(path + step)
+    row = logits_row(logits, batch, step, batch_stride, step_stride) - first_token.to(tl.int64) * token_stride
+    log_prob, _ = step_log_prob(row, token_stride, wanted, node, first_child, token, num_nodes, sums, BLOCK)
+    tl.store(log_probs + index, tl.where(padding | (wanted < 0), 0.0, log_prob))
+
+
+def trie_token_log_probs(
+    logits: Tensor,
+    tokens: Tensor,
+    start: Tensor,
+    first_child: Tensor,
+    token: Tensor,
+    max_children: int,
+    first_token: int,
+) -> Tensor:
+    log_probs = sums(logits, tokens.shape)
+    launch(
+        _token_log_probs,
+        tokens.numel(),
+        logits,
+        *logits.stride(),
+        first_token,
+        tokens.contiguous(),
+        start.contiguous(),
+        first_child,
+        token,
+        token.numel(),
+        log_probs,
+        tokens.shape[1],
+        **block_of(max_children),
+    )
+    return log_probs
+
+
+@kernel
+def _token_log_probs_backward(
+    grad,
+    grad_batch_stride: tl.int64,
+    grad_step_stride: tl.int64,
+    logits,
+    batch_stride: tl.int64,
+    step_stride: tl.int64,
+    token_stride: tl.int64,
+    first_token: tl.int32,
+    tokens,
+    start,
+    first_child,
+    token,
+    num_nodes: tl.int32,
+    grad_logits,
+    steps: tl.int32,
+    width: tl.int32,
+    BLOCK: tl.constexpr,
+):
+    sums: tl.constexpr = grad.dtype.element_ty
+    index = tl.program_id(0)
+    batch = index // steps
+    step = index % steps
+    path = tokens + batch.to(tl.int64) * steps
+    node, _ = walk(path, step, tl.load(start + batch), first_child, token, num_nodes)
+    first, end = children(node, first_child, num_nodes)
+    taken = find_child(first, end, tl.load(path + step), token)
+    read_end = tl.where(taken >= 0, end_of_choice(first, end), first)
+    row = logits_row(logits, batch, step, batch_stride, step_stride) - first_token.to(tl.int64) * token_stride
+    peak, log_total = peak_and_log_total(row, token_stride, first, read_end, token, sums, BLOCK)
+    slope = tl.load(logits_row(grad, batch, step, grad_batch_stride, grad_step_stride))
+    out = grad_logits + index.to(tl.int64) * width - first_token
+    for begin in range(first, read_end, BLOCK):
+        child, child_tokens, exists = child_block(begin, read_end, token, BLOCK)
+        values = child_logits(row, token_stride, child_tokens, exists, sums)
+        hit = tl.where(child == taken, 1.0, 0.0).to(sums)
+        tl.store(out + child_tokens, slope * (hit - tl.exp(values - peak - log_total)), mask=exists)
+
+
+def trie_token_log_probs_backward(
+    grad: Tensor,
+    logits: Tensor,
+    tokens: Tensor,
+    start: Tensor,
+    first_child: Tensor,
+    token: Tensor,
+    max_children: int,
+    first_token: int,
+) -> Tensor:
+    grad_logits = torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)
+    launch(
+        _token_log_probs_backward,
+        tokens.numel(),
+        grad,
+        *grad.stride(),
+        logits,
+        *logits.stride(),
+        first_token,
+        tokens.contiguous(),
+        start.contiguous(),
+        first_child,
+        token,
+        token.numel(),
+        grad_logits,
+        *logits.shape[1:],
+        **block_of(max_children),
+    )
+    return grad_logits
