@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
@@ -31,10 +32,10 @@ class Policy(NamedTuple):
     """What a forward returns: K trajectories a context, or W items of a whole history.
 
     Attributes:
-        logits: (B, K, L, V) or (B, W, L, V); `logits[..., l, :]` predicts token l of the item. Where an item's
-            token is -1 they mean nothing.
+        logits: (B, K, L, V) or (B, W, L, V); `logits[..., l, :]` predicts token l of the item, and means
+            nothing where that token is -1.
         context: (B, D) or (B, W, D), the state of the model when it starts to write.
-        hidden: (B, K, L, D) or (B, W, L, D), the states behind `logits`: what a learned flow of each prefix reads.
+        hidden: (B, K, L, D) or (B, W, L, D), the states behind `logits`, which a learned flow reads.
     """
 
     logits: Tensor
@@ -44,14 +45,14 @@ class Policy(NamedTuple):
 
 @dataclass
 class Context:
-    """A history that the model has read, and the token paths it has written since, as a tree of cached states.
+    """A history that the model has read, and the tokens it has written since, as a tree of cached states.
 
     Attributes:
         state: (B, D).
         logits: (B, V), of the first token.
         visible: bool (B, n, T), the cached positions that a path's next token may attend to.
         depths: (T,), tokens on the path up to each cached position; -1 for the prompt.
-        cache: keys and values, (B, heads, T, d) a layer: one copy of the history whatever the number of paths.
+        cache: keys and values, (B, heads, T, d) a layer: one copy of the history for all paths.
         num_prompt_tokens: (B,).
         encoder: states and mask, for encoder-decoders.
     """
@@ -117,8 +118,10 @@ class GenerativeRecommender(nn.Module):
             raise ValueError(f"history_length is {self.history_length}, needs at least 1")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}, needs a number from 0 to below 1")
-        if hasattr(self.model, "peft_config") and self.model.active_peft_config.is_prompt_learning:
-            raise ValueError("model learns prompts, needs a PEFT method that adapts weights, such as LoRA")
+        if hasattr(self.model, "peft_config") and self.model.active_peft_config.peft_type != "LORA":
+            raise ValueError(
+                f"model is adapted by {self.model.active_peft_config.peft_type}, needs LORA or none"
+            )
         config = self.config
         if config.is_encoder_decoder and config.model_type not in _ENCODER_DECODERS:
             raise ValueError(f"model is a {config.model_type}, needs one of {_ENCODER_DECODERS} or a decoder")
@@ -181,8 +184,7 @@ class GenerativeRecommender(nn.Module):
     ) -> Policy:
         """Scores K trajectories of each context, or every item of whole histories.
 
-        The model reads a context once, whatever K. Neither -1 anywhere in `history` nor more padding behind it
-        changes the result.
+        The model reads a context once, whatever K. More -1s anywhere in `history` change nothing.
 
         Args:
             history: (B, H) items, oldest first, -1 is padding.
@@ -196,11 +198,11 @@ class GenerativeRecommender(nn.Module):
         if items is not None:
             if history is not None or trajectories is not None:
                 raise ValueError("items came with history or trajectories, needs to be alone")
-            return self._score_histories(self._checked("items", items))
+            return self._score_histories(self.checked("items", items))
         if history is None or trajectories is None:
             raise ValueError("forward got no items, so it needs history and trajectories")
-        history = self._checked("history", history)
-        trajectories = self._checked("trajectories", trajectories)
+        history = self.checked("history", history)
+        trajectories = self.checked("trajectories", trajectories)
         if trajectories.shape[0] != history.shape[0]:
             raise ValueError(
                 f"trajectories has {trajectories.shape[0]} rows, needs {history.shape[0]} like history"
@@ -264,6 +266,12 @@ class GenerativeRecommender(nn.Module):
                 "items needs a decoder-only model; an encoder-decoder takes history and trajectories"
             )
         batch, width = items.shape
+        window = getattr(self.config, "max_position_embeddings", None)
+        if window is not None and width * self.semantic_ids.length > window:
+            raise ValueError(
+                f"items has {width} columns of {self.semantic_ids.length} tokens, "
+                f"the model has {window} positions"
+            )
         tokens = self.tokens(items).flatten(1)
         inputs = F.pad(tokens, (1, 0), value=self._bos)
         if not self._equal_lengths:
@@ -290,7 +298,7 @@ class GenerativeRecommender(nn.Module):
         """
         if self.training:
             raise RuntimeError("encode needs the model in eval mode, it is training")
-        history = self._checked("history", history)
+        history = self.checked("history", history)
         ones = torch.ones(history.shape[0], 1, 1, dtype=torch.bool, device=history.device)
         if self.is_encoder_decoder:
             source, mask = self._source(history)
@@ -335,9 +343,9 @@ class GenerativeRecommender(nn.Module):
     ) -> tuple[Tensor, Context]:
         """Writes one more token on n paths of each context.
 
-        The paths form a tree in the cache: a token attends to its own ancestors, so nothing is ever copied or
-        reordered, and the history's keys and values exist once a context. `context` is used up: go on from the
-        one returned.
+        The paths form a tree in the cache, where a token attends to its own ancestors: nothing is copied or
+        reordered, and the history's keys and values exist once. `context` is used up: go on from the one
+        returned.
 
         Args:
             tokens: (B, n) integers.
@@ -397,12 +405,18 @@ class GenerativeRecommender(nn.Module):
         between = bias[:, depths[-paths:]][:, :, depths]
         return (between - bias[:, -paths:]).unsqueeze(0)
 
+    def inputs(self, history: Tensor) -> dict[str, Tensor]:
+        """What a context is to the transformers model: `input_ids` and `attention_mask`, each (B, S)."""
+        history = self.checked("history", history)
+        tokens, real = self._source(history) if self.is_encoder_decoder else self._prompt(history)
+        return {"input_ids": tokens, "attention_mask": real.long()}
+
     def _source(self, history: Tensor) -> tuple[Tensor, Tensor]:
         """The encoder's input, history and EOS, right-padded, and its mask."""
         return self._padded(_compact(F.pad(self._history_tokens(history), (0, 1), value=self._eos)))
 
     def _prompt(self, history: Tensor) -> tuple[Tensor, Tensor]:
-        """A decoder's input, BOS and history, left-padded so that all end at the same position, and its mask."""
+        """A decoder's input, BOS and history, left-padded so that all end together, and its mask."""
         tokens = _compact(F.pad(self._history_tokens(history), (1, 0), value=self._bos).flip(1))
         tokens, real = self._padded(tokens)
         return tokens.flip(1), real.flip(1)
@@ -413,7 +427,7 @@ class GenerativeRecommender(nn.Module):
         return self.tokens(history.masked_fill(later > self.history_length, -1)).flatten(1)
 
     def _padded(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Without columns that are nothing but padding, as far as that is known without waiting for a device."""
+        """Without columns of nothing but padding, where finding them does not wait for a device."""
         longest = 1 + self.history_length * self.semantic_ids.length
         if tokens.device.type == "cpu" and tokens.numel():
             longest = int((tokens >= 0).sum(1).max())
@@ -422,12 +436,13 @@ class GenerativeRecommender(nn.Module):
         return tokens.masked_fill(~real, self._pad), real
 
     def _additive(self, visible: Tensor) -> Tensor:
-        """A boolean mask (B, queries, keys) as the (B, 1, queries, keys) that attention adds to its scores."""
+        """A boolean mask (B, queries, keys) as what attention adds to its scores: (B, 1, queries, keys)."""
         dtype = self.transformer.dtype
         mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
         return mask.masked_fill_(~visible, torch.finfo(dtype).min).unsqueeze(1)
 
-    def _checked(self, name: str, items: Any) -> Tensor:
+    def checked(self, name: str, items: Any) -> Tensor:
+        """`items` (B, n) as int64; TypeError or ValueError unless they are items of the catalogue or -1."""
         if not isinstance(items, Tensor) or items.dtype.is_floating_point or items.dtype == torch.bool:
             kind = items.dtype if isinstance(items, Tensor) else type(items).__name__
             raise TypeError(f"{name} is {kind}, needs a tensor of integers")
@@ -453,7 +468,7 @@ class GenerativeRecommender(nn.Module):
             folder: made if it does not exist. Each file appears whole, the one that `load` starts from last.
             state_dict: of this module, gathered by a distributed trainer; by default its own.
             base_weights: under PEFT, whether to save the adapted model too. Without it, `load` takes that
-                model from where it came from.
+                model from where `from_pretrained` did, as it is there.
 
         Raises:
             ValueError: `base_weights` is False but the model came from nowhere that can be named.
@@ -490,6 +505,8 @@ class GenerativeRecommender(nn.Module):
 
     def _save_adapter(self, folder: Path, state: dict[str, Tensor] | None, base_weights: bool) -> None:
         self.model.save_pretrained(folder, state_dict=state, save_embedding_layers=self.trains_embeddings)
+        # PEFT's model card is full of blanks, and would take the place of one written by hand.
+        (folder / "README.md").unlink(missing_ok=True)
         if base_weights:
             self.transformer.save_pretrained(folder / _BASE, state_dict=_without_adapter(self.model, state))
 
@@ -534,7 +551,10 @@ class GenerativeRecommender(nn.Module):
         if description["adapted"]:
             from peft import PeftModel
 
-            model = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+            try:
+                model = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+            except SafetensorError as error:
+                raise ValueError(f"{folder}: its adapter is not readable: {error}") from error
             if description["trains_embeddings"] and trainable:
                 _train_embeddings(model.get_base_model())
         recommender = cls(
@@ -652,7 +672,7 @@ def from_pretrained(
 
     Args:
         name_or_path: as transformers takes it.
-        semantic_ids: its `first_token` is the size of the model's own vocabulary, so that no word becomes a code.
+        semantic_ids: its `first_token` is the size of the model's vocabulary, so that no word becomes a code.
         history_length: the latest items of a history that the model reads.
         dropout: of embeddings and residual branches of a decoder-only model.
         dtype: of the weights; by default as saved.
@@ -685,7 +705,7 @@ def add_lora(
 ) -> GenerativeRecommender:
     """Freezes the model and adds low-rank adapters (LoRA, arXiv 2106.09685) through PEFT.
 
-    Where `from_pretrained` extended the vocabulary, the embeddings stay trainable: the new ones know nothing yet.
+    Where `from_pretrained` extended the vocabulary, embeddings stay trainable: the new ones know nothing yet.
 
     Args:
         target_modules: names of the layers to adapt; by default PEFT's choice for the architecture.
@@ -729,7 +749,7 @@ def _positions(real: Tensor) -> Tensor:
 
 
 def _causal(real: Tensor) -> Tensor:
-    """Who sees whom (B, P, P) in a padded prompt; padding sees itself, since a row of nothing has no softmax."""
+    """Who sees whom (B, P, P) in a padded prompt; padding sees itself, as no row may see nothing."""
     width = real.shape[1]
     lower = torch.ones(width, width, dtype=torch.bool, device=real.device).tril()
     itself = torch.eye(width, dtype=torch.bool, device=real.device)
@@ -776,7 +796,19 @@ def _load_transformer(
         transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
     )
     options = {} if attention is None else {"attn_implementation": attention}
-    return auto.from_pretrained(source, dtype=dtype or "auto", **options)
+    try:
+        model, report = auto.from_pretrained(
+            source, config=config, dtype=dtype or "auto", output_loading_info=True, **options
+        )
+    except SafetensorError as error:
+        raise ValueError(f"{source}: its weights are not readable: {error}") from error
+    # transformers fills in what is missing by random numbers and goes on.
+    absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if absent:
+        raise ValueError(
+            f"{source}: {len(absent)} weights are missing or of another shape, such as {absent[0]}"
+        )
+    return model
 
 
 def _extend_vocabulary(model: PreTrainedModel, size: int, seed: int) -> None:
@@ -797,9 +829,11 @@ def _without_adapter(model: Any, state: dict[str, Tensor] | None) -> dict[str, T
     prefix = "base_model.model."
     own = {}
     for key, value in (model.state_dict() if state is None else state).items():
-        if ".lora_" in key or not key.startswith(prefix):
+        if ".lora_" in key or ".modules_to_save." in key:
             continue
-        own[key.removeprefix(prefix).replace(".base_layer.", ".")] = value
+        for inserted in (".base_layer.", ".original_module."):
+            key = key.replace(inserted, ".")
+        own[key.removeprefix(prefix)] = value
     return own
 
 
@@ -812,6 +846,11 @@ def _read_description(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not a readable description: {error}") from error
     if not isinstance(description, dict) or description.get("format") != _FORMAT:
         raise ValueError(f"{path}: needs the format {_FORMAT!r}")
+    missing = sorted(
+        {"trie", "history_length", "dropout", "adapted", "trains_embeddings", "base"} - set(description)
+    )
+    if missing:
+        raise ValueError(f"{path}: {missing[0]!r} is missing")
     return description
 
 

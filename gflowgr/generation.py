@@ -1,20 +1,22 @@
-"""Items out of a generative recommender: exact beam search over the trie, sampling, and scores of a catalogue."""
+"""Items out of a generative recommender: beam search over the trie, sampling, scores of a catalogue."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import LogitsProcessor
 
 from gflowgr import ops
 from gflowgr.backbones import GenerativeRecommender
+from gflowgr.reference import accumulation_dtype
 from gflowgr.semantic_ids import EOS
 from gflowgr.trie import PrefixTrie
 
@@ -37,7 +39,7 @@ class _Endings(NamedTuple):
 
     Attributes:
         own: (num_nodes,), items that end exactly at a node.
-        decided: bool (num_nodes,), whether a node has one leaf under it, so that every step from it on is forced.
+        decided: bool (num_nodes,), whether one leaf is under a node, so that every step from it on is forced.
     """
 
     own: Tensor
@@ -56,17 +58,18 @@ def generate(
 ) -> Generated:
     """The most probable items of each context, by beam search over the trie.
 
-    Every beam is a prefix of an item and ends at one, so there are at least min(num_items, catalogue) results.
-    Beams are ranked by log P_F, the policy that training optimises. Once a prefix leads to one leaf only, the
-    model is not asked any more. An item that is a prefix of others competes with its own log-probability.
-    With as many beams as items the search is exhaustive.
+    Every beam is a prefix of an item and ends at one, so that min(num_items, reachable items) results are sure.
+    Beams are ranked by log P_F, the policy that training optimises. Once one leaf alone is left under a prefix
+    it is done: the model is not asked again, and its beam is free for others. An item that is a prefix of other
+    items competes with its own log-probability. With as many beams as items the search is exhaustive.
 
     Args:
         model: left in the mode it was in.
         history: (B, H) items, oldest first, -1 is padding, on any device.
         num_items: k, results a context.
         num_beams: prefixes to keep at each depth, by default max(20, k).
-        exclude_history: leave out the items of `history`; their beams go to others.
+        exclude_history: leave out the items of `history`, as if the trie did not lead to them: no beam is
+            spent on them.
         batch_size: contexts at a time.
         progress: show a bar.
 
@@ -82,6 +85,7 @@ def generate(
             raise ValueError(f"{name} is {value}, needs at least 1")
     if beams < num_items:
         raise ValueError(f"num_beams is {beams}, needs at least num_items, {num_items}")
+    history = model.checked("history", history)
     with _evaluating(model):
         found = [
             (rows, _beam_search(model, history[rows].to(model.device), num_items, beams, exclude_history))
@@ -100,7 +104,7 @@ def sample(
 ) -> Generated:
     """Draws items from the forward policy, independently and with replacement.
 
-    The policy goes on at an inner node, so an item that is a prefix of others is never drawn. Among items with
+    The policy goes on at an inner node, so an item that is a prefix of others is never drawn. Among items of
     the same tokens the draw is uniform.
 
     Args:
@@ -111,13 +115,14 @@ def sample(
         generator: of the model's device.
 
     Returns:
-        items (B, M) and their log-probabilities under the policy at temperature 1, on the device of `history`.
+        items (B, M) and their log-probs under the policy at temperature 1, on the device of `history`.
 
     Raises:
         TypeError, ValueError: an argument is out of range, or `history` is no (B, H) of known items.
     """
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}, needs at least 1")
+    history = model.checked("history", history)
     with _evaluating(model):
         drawn = _sample(model, history.to(model.device), num_samples, temperature, generator)
     return Generated(*(part.to(history.device) for part in drawn))
@@ -126,24 +131,25 @@ def sample(
 def score_all(model: GenerativeRecommender, history: Tensor, *, batch_size: int = 16) -> Tensor:
     """log P_F of every item of the catalogue: (B, H) -> (B, N).
 
-    Runs the model on every prefix, and its memory grows with the square of their number: for small catalogues.
+    Runs the model on every prefix, in memory that grows with the square of their number: for small catalogues.
     """
+    history = model.checked("history", history)
+    scores = torch.empty(history.shape[0], model.trie.num_items, dtype=_dtype(model), device=history.device)
     with _evaluating(model):
-        parts = [
-            (rows, _score_all(model, history[rows].to(model.device)).to(history.device))
-            for rows in _batches(history, batch_size, "score", False)
-        ]
-    return torch.cat([part for _, part in parts])[torch.cat([rows for rows, _ in parts]).argsort()]
+        for rows in _batches(history, batch_size, "score", False):
+            scores[rows] = _score_all(model, history[rows].to(model.device)).to(scores)
+    return scores
 
 
 def target_log_probs(
     model: GenerativeRecommender, history: Tensor, target: Tensor, *, batch_size: int = 64
 ) -> Tensor:
     """log P_F of one item of each context: (B, H), (B,) -> (B,)."""
+    history, target = model.checked("history", history), model.checked("target", target.unsqueeze(-1))
+    scores = torch.empty(history.shape[0], dtype=_dtype(model), device=history.device)
     with _evaluating(model):
-        scores = torch.empty(history.shape[0], device=history.device)
         for rows in _batches(history, batch_size, "score", False):
-            items = target[rows].to(model.device).unsqueeze(1)
+            items = target[rows].to(model.device)
             policy = model(history[rows].to(model.device), items)
             log_probs = ops.trie_token_log_probs(policy.logits, model.tokens(items), model.trie)
             scores[rows] = log_probs.sum((1, 2)).to(scores)
@@ -175,9 +181,9 @@ class TrieLogitsProcessor(LogitsProcessor):
 def prefix_allowed_tokens(
     trie: PrefixTrie, prompt_length: int, eos: int = EOS
 ) -> Callable[[int, Tensor], list[int]]:
-    """The `prefix_allowed_tokens_fn` of transformers' own `generate`; the arguments as `TrieLogitsProcessor`'s.
+    """The `prefix_allowed_tokens_fn` of transformers' own `generate`; arguments as in `TrieLogitsProcessor`.
 
-    It is asked for one beam at a time and does not renormalise: for comparison, the processor is the better way.
+    It is asked for one beam at a time and does not renormalise, so that scores are not log P_F: prefer the other.
     """
 
     def allowed(batch: int, input_ids: Tensor) -> list[int]:
@@ -194,18 +200,17 @@ def _beam_search(
 ) -> Generated:
     trie = model.trie
     endings = _endings(trie)
-    excluded = _Excluded(model, history) if exclude_history else None
+    exhausted = _Exhausted(model, history) if exclude_history else None
     context = model.encode(history)
     logits = context.logits.unsqueeze(1)
     nodes = torch.zeros_like(history[:, :1])
-    scores = torch.zeros(1, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32)
-    scores = scores.to(history.device).expand(nodes.shape)
+    scores = torch.zeros(nodes.shape, dtype=_dtype(model), device=history.device)
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     for depth, (low, high) in enumerate(trie.token_ranges):
         # Outside the tokens of this depth all is -inf.
         log_probs = ops.trie_log_softmax(logits, nodes, trie)[..., low : high + 1] + scores.unsqueeze(-1)
-        if excluded is not None:
-            excluded.remove(log_probs, nodes, depth)
+        if exhausted is not None:
+            exhausted.remove(log_probs, nodes, depth)
         width = min(beams, trie.level_offsets[depth + 2] - trie.level_offsets[depth + 1])
         scores, chosen = log_probs.flatten(1).topk(min(width, log_probs[0].numel()))
         parents, tokens = chosen // log_probs.shape[-1], chosen % log_probs.shape[-1] + low
@@ -220,10 +225,8 @@ def _beam_search(
         logits, context = model.extend(context, tokens.gather(1, going), parents.gather(1, going))
         nodes = torch.where(on, nodes.gather(1, going), -1)
         scores = torch.where(on, scores.gather(1, going), -torch.inf)
-    best = _best(
-        trie, *(torch.cat(parts, 1) for parts in zip(*found, strict=True)), num_items, history, excluded
-    )
-    return best
+    ends, counts, log_probs = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
+    return _best(trie, ends, counts, log_probs, num_items, history if exclude_history else None)
 
 
 def _best(
@@ -232,14 +235,13 @@ def _best(
     counts: Tensor,
     scores: Tensor,
     num_items: int,
-    history: Tensor,
-    excluded: _Excluded | None,
+    excluded: Tensor | None,
 ) -> Generated:
     """The first items of the best ends of beams: the first `counts` items at or under each of `nodes`."""
     scores, order = scores.sort(dim=1, descending=True, stable=True)
     nodes, counts = nodes.gather(1, order), counts.gather(1, order).long()
     ends = counts.cumsum(1)
-    slots = torch.arange(num_items + (0 if excluded is None else history.shape[1]), device=nodes.device)
+    slots = torch.arange(num_items + (0 if excluded is None else excluded.shape[1]), device=nodes.device)
     slots = slots.expand(nodes.shape[0], -1).contiguous()
     filled = slots < ends[:, -1:]
     entry = torch.searchsorted(ends, slots, right=True).clamp(max=nodes.shape[1] - 1)
@@ -249,14 +251,14 @@ def _best(
     items = torch.where(filled, items, -1)
     log_probs = torch.where(filled, scores.gather(1, entry), -torch.inf)
     if excluded is not None:
-        known = (items.unsqueeze(2) == history.unsqueeze(1)).any(2)
+        known = (items.unsqueeze(2) == excluded.unsqueeze(1)).any(2)
         items, log_probs = items.masked_fill(known, -1), log_probs.masked_fill(known, -torch.inf)
         order = (items < 0).long().argsort(dim=1, stable=True)
         items, log_probs = items.gather(1, order), log_probs.gather(1, order)
     return Generated(items[:, :num_items], log_probs[:, :num_items])
 
 
-class _Excluded:
+class _Exhausted:
     """The nodes under which a context's history leaves no item, by depth."""
 
     def __init__(self, model: GenerativeRecommender, history: Tensor) -> None:
@@ -287,10 +289,7 @@ def _sample(
     context = model.encode(history)
     logits = context.logits.unsqueeze(1).expand(-1, num_samples, -1)
     ends = torch.zeros(history.shape[0], num_samples, dtype=torch.long, device=history.device)
-    log_probs = torch.zeros(
-        ends.shape, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32
-    )
-    log_probs = log_probs.to(history.device)
+    log_probs = torch.zeros(ends.shape, dtype=_dtype(model), device=history.device)
     going = torch.arange(num_samples, device=history.device).expand(ends.shape)
     parents, nodes, on = (
         torch.zeros_like(going),
@@ -322,7 +321,7 @@ def _score_all(model: GenerativeRecommender, history: Tensor) -> Tensor:
     context = model.encode(history)
     logits = context.logits.unsqueeze(1)
     inner = torch.zeros(1, dtype=torch.long, device=history.device)
-    of_nodes = [torch.zeros(history.shape[0], 1, dtype=torch.float64, device=history.device)]
+    of_nodes = [torch.zeros(history.shape[0], 1, dtype=_dtype(model), device=history.device)]
     for depth in range(trie.max_depth):
         begin, end = trie.level_offsets[depth + 1 : depth + 3]
         nodes = torch.arange(begin, end, device=history.device)
@@ -338,13 +337,16 @@ def _score_all(model: GenerativeRecommender, history: Tensor) -> Tensor:
             logits, context = model.extend(
                 context, tokens[has_children].expand(batch, -1), row[has_children].expand(batch, -1)
             )
-    return torch.cat(of_nodes, 1)[:, trie.item_node.long()].to(
-        torch.float64 if logits.dtype == torch.float64 else torch.float32
-    )
+    return torch.cat(of_nodes, 1)[:, trie.item_node.long()]
+
+
+def _dtype(model: GenerativeRecommender) -> torch.dtype:
+    """Of log-probabilities."""
+    return accumulation_dtype(model.transformer.dtype)
 
 
 def _pack(active: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each row's active columns are, in front: indices (B, n) for the n of the fullest row, and which count."""
+    """Indices (B, n) of each row's active columns, n those of the fullest row, and which of them are active."""
     most = int(active.sum(1).max()) if active.numel() else 0
     columns = (~active).long().argsort(dim=1, stable=True)[:, :most]
     return columns, active.gather(1, columns)
@@ -357,8 +359,7 @@ def _endings(trie: PrefixTrie) -> _Endings:
     if trie not in _ENDINGS:
         own = torch.bincount(trie.item_node, minlength=trie.num_nodes)
         leaves = (trie.first_child[1:] == trie.first_child[:-1]).long()
-        offsets = trie.level_offsets
-        for begin, end in reversed(list(zip(offsets[1:-1], offsets[2:], strict=True))):
+        for begin, end in reversed(list(pairwise(trie.level_offsets[1:]))):
             leaves = leaves.index_add(0, trie.parent[begin:end].long(), leaves[begin:end])
         _ENDINGS[trie] = _Endings(own, leaves == 1)
     return _ENDINGS[trie]
