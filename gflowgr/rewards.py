@@ -101,7 +101,7 @@ class InteractionReward:
         # Latest column first, so that the earliest mention of an item is the one that stays, as in
         # catalogue().
         for column in reversed(range(later.shape[1])):
-            same = (items == context.future[:, column, None]) & (context.future[:, column, None] >= 0)
+            same = items == context.future[:, column, None]
             reward = torch.where(same, later[:, column, None], reward)
         return torch.where(items == context.target[:, None], target_reward[:, None], reward)
 
@@ -349,7 +349,7 @@ class RewardModel(nn.Module):
             return _mixture(terms, totals, self._learned_weights())
         shares = [self.num_items * term / _nonzero(totals[name]) for name, term in terms.items()]
         with torch.autocast(shares[0].device.type, enabled=False):
-            learned = self.mlp(torch.log1p(torch.stack(shares, dim=-1)))
+            learned = self.mlp(torch.log1p(torch.stack(shares)))
         learned = learned / learned.sum(1, keepdim=True)
         return self.anchor * _mixture(terms, totals, fixed) + (1.0 - self.anchor) * learned
 
@@ -427,11 +427,13 @@ class _PositiveMLP(nn.Module):
         self.output = nn.Linear(hidden_size, 1)
 
     def forward(self, features: Tensor) -> Tensor:
-        hidden = functional.linear(features, functional.softplus(self.hidden.weight), self.hidden.bias)
+        """(terms, B, N) -> (B, N)."""
+        # Terms first makes both layers one matrix product over all items, several times faster than last.
+        flat = features.flatten(1)
+        hidden = torch.addmm(self.hidden.bias[:, None], functional.softplus(self.hidden.weight), flat)
         weight = functional.softplus(self.output.weight)
-        return functional.softplus(
-            functional.linear(functional.elu(hidden), weight, self.output.bias)
-        ).squeeze(-1)
+        output = torch.addmm(self.output.bias[:, None], weight, functional.elu(hidden))
+        return functional.softplus(output).view(features.shape[1:])
 
 
 def _mixture(terms: dict[str, Tensor], totals: dict[str, Tensor], weights: Tensor) -> Tensor:
