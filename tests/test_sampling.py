@@ -446,6 +446,29 @@ def test_inputs_that_cannot_work_name_themselves(
         TrajectorySampler(10, strategies=strategies).draw(**{**usable, **inputs})
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES[1:4])
+def test_every_strategy_draws_anew_in_each_step(strategy: str) -> None:
+    sampler = TrajectorySampler(60, strategies=strategy, schedule="constant", pool_size=30)
+    inputs = {"scores": torch.arange(60.0).expand(40, -1), "future": torch.arange(30).expand(40, -1)}
+    first, second = (draw_one(sampler, 40, 59, [-1], step=step, **inputs).items for step in (1, 2))
+    assert (first != second).any(1).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("columns", [1_000, 1_023, 1_024, 1_055])
+def test_the_best_items_of_a_long_row_are_found_in_its_last_columns_too(columns: int) -> None:
+    scores = torch.arange(float(columns)).repeat(2, 1)
+    scores[1] = scores[1].flip(0)
+    draw = TrajectorySampler(columns, num_trajectories=2, pool_size=1).draw(
+        step=0,
+        total_steps=1,
+        index=torch.arange(2),
+        target=torch.tensor([columns - 1, 0]),
+        history=NOTHING.expand(2, -1),
+        scores=scores,
+    )
+    assert draw.items.tolist() == [[columns - 1, columns - 2], [0, 1]]
+
+
 def test_nan_is_found_in_a_long_row_too() -> None:
     scores = torch.zeros(2, 5_000)
     scores[1, 4_321] = torch.nan
