@@ -190,8 +190,8 @@ def test_popularity_is_the_smoothed_share_of_interactions() -> None:
 
 
 def test_item_knn_follows_its_formula() -> None:
-    # Item 0 is nearer to the popular item 1 than to itself.
-    users = [[0, 1, 2], [1, 2, 3, 4, 1, 1], [1, 3], [3, 3, 1, 4], [2, 4]]
+    # Item 0 is nearer to each of items 1, 2 and 3 than to itself; item 5 has no neighbour.
+    users = [[0, *[1] * 9, *[2] * 8, *[3] * 7], [1, 2, 4], [1, 3], [3, 3, 1, 4, 4], [2, 4]]
     counts = np.zeros((5, 6))
     for user, items in enumerate(users):
         for item in items:
@@ -203,6 +203,7 @@ def test_item_knn_follows_its_formula() -> None:
                 weight = math.log(1 + 5 / counts[user].sum()) ** 2
                 similarity[i, j] += weight * math.sqrt(counts[user, i] * counts[user, j])
             similarity[i, j] /= max(1.0, counts[:, i].sum() * counts[:, j].sum()) ** 0.4
+    assert similarity[0, 0] < similarity[0, 1:4].min()
     np.fill_diagonal(similarity, 0)
     model = ItemKNN.fit(Log.of(users), 6, neighbours=6, popularity_exponent=0.4, recency=0.5, progress=False)
     expected = np.stack(
