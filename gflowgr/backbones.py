@@ -167,13 +167,31 @@ class GenerativeRecommender(nn.Module):
             self._by_device[device] = (self.semantic_ids.trie().to(device), table)
         return self._by_device[device]
 
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
     ) -> None:
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs)
+        """Recomputes activations in the backward pass instead of keeping them; arguments as transformers'."""
+        model = self.transformer
+        if hasattr(model, "activation_checkpointing_enable"):
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs, **options)
+        else:
+            model.gradient_checkpointing_enable(activation_checkpointing_kwargs, **options)
+
+    def activation_checkpointing_disable(self) -> None:
+        model = self.transformer
+        if hasattr(model, "activation_checkpointing_disable"):
+            model.activation_checkpointing_disable()
+        else:
+            model.gradient_checkpointing_disable()
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """The older name of `activation_checkpointing_enable`, by which older trainers ask for it."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
 
     def gradient_checkpointing_disable(self) -> None:
-        self.model.gradient_checkpointing_disable()
+        self.activation_checkpointing_disable()
 
     def forward(
         self,
@@ -400,10 +418,12 @@ class GenerativeRecommender(nn.Module):
         """
         attention = self.transformer.get_decoder().block[0].layer[0].SelfAttention
         size = depths.numel()
-        bias = attention.compute_bias(size, size)[0]
-        # Positions 0 .. L are a chain, so the bias between depths is the bias between the first positions.
-        between = bias[:, depths[-paths:]][:, :, depths]
-        return (between - bias[:, -paths:]).unsqueeze(0)
+        # A decoder's bias depends on the way back to a key alone, so one column of it has them all.
+        by_distance = attention.compute_bias(size, 1)[0, :, :, 0]
+        places = torch.arange(size, device=depths.device)
+        counted = (places[-paths:].unsqueeze(1) - places).clamp(min=0)
+        meant = (depths[-paths:].unsqueeze(1) - depths).clamp(min=0)
+        return (by_distance[:, meant] - by_distance[:, counted]).unsqueeze(0)
 
     def inputs(self, history: Tensor) -> dict[str, Tensor]:
         """What a context is to the transformers model: `input_ids` and `attention_mask`, each (B, S)."""

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm.auto import tqdm  # type: ignore[import-untyped]
+from tqdm.auto import tqdm
 from transformers import LogitsProcessor
 
 from gflowgr import ops
@@ -58,10 +58,10 @@ def generate(
 ) -> Generated:
     """The most probable items of each context, by beam search over the trie.
 
-    Every beam is a prefix of an item and ends at one, so that min(num_items, reachable items) results are sure.
-    Beams are ranked by log P_F, the policy that training optimises. Once one leaf alone is left under a prefix
-    it is done: the model is not asked again, and its beam is free for others. An item that is a prefix of other
-    items competes with its own log-probability. With as many beams as items the search is exhaustive.
+    Every beam is a prefix of an item and ends at one, so min(num_items, reachable items) results are certain.
+    Beams are ranked by log P_F, the policy that training optimises. Once a prefix has one leaf left the model
+    is not asked again, and its beam is free for others. An item that is a prefix of other items competes with
+    its own log-probability. With as many beams as items the search is exhaustive.
 
     Args:
         model: left in the mode it was in.
@@ -123,6 +123,8 @@ def sample(
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}, needs at least 1")
     history = model.checked("history", history)
+    if not len(history):
+        return _in_order([], history, num_samples)
     with _evaluating(model):
         drawn = _sample(model, history.to(model.device), num_samples, temperature, generator)
     return Generated(*(part.to(history.device) for part in drawn))
@@ -131,7 +133,7 @@ def sample(
 def score_all(model: GenerativeRecommender, history: Tensor, *, batch_size: int = 16) -> Tensor:
     """log P_F of every item of the catalogue: (B, H) -> (B, N).
 
-    Runs the model on every prefix, in memory that grows with the square of their number: for small catalogues.
+    For small catalogues: it runs the model on every prefix, in memory of the square of their number.
     """
     history = model.checked("history", history)
     scores = torch.empty(history.shape[0], model.trie.num_items, dtype=_dtype(model), device=history.device)
@@ -146,6 +148,8 @@ def target_log_probs(
 ) -> Tensor:
     """log P_F of one item of each context: (B, H), (B,) -> (B,)."""
     history, target = model.checked("history", history), model.checked("target", target.unsqueeze(-1))
+    if target.shape[0] != history.shape[0]:
+        raise ValueError(f"target has {target.shape[0]} rows, needs {history.shape[0]} like history")
     scores = torch.empty(history.shape[0], dtype=_dtype(model), device=history.device)
     with _evaluating(model):
         for rows in _batches(history, batch_size, "score", False):
@@ -183,7 +187,7 @@ def prefix_allowed_tokens(
 ) -> Callable[[int, Tensor], list[int]]:
     """The `prefix_allowed_tokens_fn` of transformers' own `generate`; arguments as in `TrieLogitsProcessor`.
 
-    It is asked for one beam at a time and does not renormalise, so that scores are not log P_F: prefer the other.
+    It is asked for one beam at a time, and its scores are not log P_F for want of renormalising.
     """
 
     def allowed(batch: int, input_ids: Tensor) -> list[int]:
@@ -291,11 +295,8 @@ def _sample(
     ends = torch.zeros(history.shape[0], num_samples, dtype=torch.long, device=history.device)
     log_probs = torch.zeros(ends.shape, dtype=_dtype(model), device=history.device)
     going = torch.arange(num_samples, device=history.device).expand(ends.shape)
-    parents, nodes, on = (
-        torch.zeros_like(going),
-        torch.zeros_like(going),
-        torch.ones_like(going, dtype=torch.bool),
-    )
+    parents = nodes = torch.zeros_like(going)
+    on = torch.ones_like(going, dtype=torch.bool)
     while True:
         tokens, reached, step = ops.trie_sample(
             logits, nodes, trie, temperature=temperature, generator=generator
@@ -346,7 +347,7 @@ def _dtype(model: GenerativeRecommender) -> torch.dtype:
 
 
 def _pack(active: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices (B, n) of each row's active columns, n those of the fullest row, and which of them are active."""
+    """Indices (B, n) of each row's active columns, as many as the fullest row has, and which are active."""
     most = int(active.sum(1).max()) if active.numel() else 0
     columns = (~active).long().argsort(dim=1, stable=True)[:, :most]
     return columns, active.gather(1, columns)
@@ -382,7 +383,7 @@ def _batches(history: Tensor, batch_size: int, name: str, progress: bool) -> Ite
     """Rows of each batch; histories of like length go together, which leaves little padding."""
     order = (history >= 0).sum(-1).argsort(stable=True)
     with tqdm(total=len(order), desc=name, unit=" contexts", disable=not progress) as bar:
-        for rows in order.split(batch_size):
+        for rows in order.split(batch_size) if len(order) else ():
             yield rows
             bar.update(len(rows))
 
