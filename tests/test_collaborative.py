@@ -381,6 +381,15 @@ def test_early_stopping_keeps_the_best_epoch() -> None:
     assert "ndcg@10" not in unwatched.training_log[0]
 
 
+def test_the_validation_score_is_ndcg_at_10_with_ties_against_the_target() -> None:
+    ladder = Popularity(torch.arange(NUM_ITEMS, 0, -1))
+    everyone = Contexts(torch.full((NUM_ITEMS, 1), -1), torch.arange(NUM_ITEMS))
+    expected = sum(1 / math.log2(rank + 1) for rank in range(1, 11)) / NUM_ITEMS
+    assert collaborative._ndcg(ladder, everyone) == pytest.approx(expected)
+    flat = Popularity(torch.ones(NUM_ITEMS, dtype=torch.int64))
+    assert collaborative._ndcg(flat, everyone) == 0.0
+
+
 def test_a_loss_that_is_not_finite_stops_training_by_name() -> None:
     with pytest.raises(FloatingPointError, match=r"SASRec: the training loss became (nan|inf)"):
         SASRec.fit(clustered_log(0), NUM_ITEMS, learning_rate=1e30, epochs=3, hidden_size=8, progress=False)
