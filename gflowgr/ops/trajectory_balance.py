@@ -101,7 +101,7 @@ def trie_trajectory_balance(
     _checks.trie_for(trie, logits.device, logits.shape[-1])
     _checks.reduction_name(reduction)
     sums = reference.accumulation_dtype(logits.dtype)
-    like = logits.new_empty(1, dtype=sums).expand(tokens.shape[:-1])
+    like = logits.new_empty((), dtype=sums).expand(tokens.shape[:-1])
     log_rewards = _checks.per_trajectory("log_rewards", log_rewards, like)
     log_z = _checks.per_trajectory("log_z", log_z, like)
     weights = None if weights is None else _checks.per_trajectory("weights", weights, like).detach()
