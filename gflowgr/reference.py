@@ -223,8 +223,9 @@ def flow_matching(logits: Tensor, nodes: Tensor, trie: Trie, log_flows: Tensor) 
     node has fewer than two children or its children carry no mass.
     """
     child, _, exists, log_probs = child_log_probs(logits, nodes, trie)
-    flows = log_flows.reshape(*log_flows.shape[:-1], *[1] * (nodes.dim() + 1 - log_flows.dim()), -1)
-    flows = flows.expand(*nodes.shape, -1).gather(-1, child).to(log_probs.dtype)
+    size = log_flows.shape[-1]
+    flows = log_flows.reshape(*log_flows.shape[:-1], *[1] * (nodes.dim() + 1 - log_flows.dim()), size)
+    flows = flows.expand(*nodes.shape, size).gather(-1, child).to(log_probs.dtype)
     choice = (exists.sum(-1, keepdim=True) > 1) & ((flows != -torch.inf) & exists).any(-1, keepdim=True)
     flows = torch.where(exists | ~choice, torch.where(choice, flows, 0.0), -torch.inf)
     log_target = flows.log_softmax(-1)
