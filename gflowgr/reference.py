@@ -212,7 +212,7 @@ def subtrajectory_balance(log_probs: Tensor, log_flows: Tensor, lam: float, mask
         inside = _masked(log_probs, mask).unfold(-1, length, 1).sum(-1)
         residual = log_flows[..., : steps + 1 - length] + inside - log_flows[..., length:]
         total = total + lam ** (length - 1) * _masked(residual, counts).square().sum(-1)
-        norm = norm + lam ** (length - 1) * counts.sum(-1)
+        norm = norm + lam ** (length - 1) * counts.sum(-1, dtype=norm.dtype)
     return total / norm.clamp(min=torch.finfo(norm.dtype).tiny)
 
 
