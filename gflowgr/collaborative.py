@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -104,7 +104,7 @@ class Recommender(ABC):
         target = Path(path)
         temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
-            save_file(tensors, temporary, metadata=metadata)
+            temporary.write_bytes(save(tensors, metadata))
             os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
@@ -387,7 +387,6 @@ class SASRec(Recommender):
             trainer = _SASRecTrainer(
                 model,
                 _causal_windows(offsets, items, max_history),
-                seed,
                 learning_rate,
                 weight_decay,
                 batch_size,
@@ -508,11 +507,12 @@ class _Block(nn.Module):
 
 
 class _SASRecTrainer:
+    """One training run; draws from the global random state, which the caller has made its own."""
+
     def __init__(
         self,
         model: SASRec,
         windows: tuple[Tensor, Tensor],
-        seed: int,
         learning_rate: float,
         weight_decay: float,
         batch_size: int,
@@ -521,7 +521,6 @@ class _SASRecTrainer:
         self.histories, self.targets = windows
         self.lengths = (self.histories >= 0).sum(1)
         self.batch_size = batch_size
-        self.generator = torch.Generator().manual_seed(seed)
         decayed = [p for p in model.network.parameters() if p.dim() > 1]
         others = [p for p in model.network.parameters() if p.dim() <= 1]
         self.optimizer = torch.optim.AdamW(
@@ -529,8 +528,7 @@ class _SASRecTrainer:
             lr=learning_rate,
         )
         self.num_batches = math.ceil(len(self.histories) / batch_size)
-        # Dividing by the mean over all batches, not by each batch's own count, keeps every target's weight
-        # equal.
+        # Divided by the mean over all batches, not by each batch's own count, every target weighs the same.
         self.targets_per_batch = max(1.0, float((self.targets >= 0).sum()) / self.num_batches)
 
     def run(
@@ -563,13 +561,13 @@ class _SASRecTrainer:
         return log
 
     def _batches(self) -> list[Tensor]:
-        order = torch.randperm(len(self.histories), generator=self.generator)
+        order = torch.randperm(len(self.histories))
         # Sorting by length within large shuffled groups saves padding and still mixes users anew each epoch.
         groups = [
             group[self.lengths[group].argsort(stable=True)] for group in order.split(32 * self.batch_size)
         ]
         batches = [rows for group in groups for rows in group.split(self.batch_size)]
-        return [batches[i] for i in torch.randperm(len(batches), generator=self.generator).tolist()]
+        return [batches[i] for i in torch.randperm(len(batches)).tolist()]
 
     def _step(self, rows: Tensor, bar: Any) -> float:
         network = self.model.network

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,12 +173,12 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(
     Popularity(torch.tensor([1, 2])).save(path)
     before = path.read_bytes()
 
-    def fail_midway(tensors: dict, name: Path, metadata: dict) -> None:
-        Path(name).write_bytes(b"half")
-        raise OSError("disk full")
+    def refuse(source: Path, target: Path) -> None:
+        assert source.stat().st_size > 0
+        raise OSError("read-only")
 
-    monkeypatch.setattr(collaborative, "save_file", fail_midway)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match="read-only"):
         Popularity(torch.tensor([3, 4])).save(path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
@@ -473,6 +474,7 @@ def test_histories_that_cannot_be_scored_are_refused(
         ({"dropout": 1.0}, "dropout: got 1.0"),
         ({"learning_rate": -1.0}, "learning_rate: got -1.0"),
         ({"epochs": 1.5}, "epochs: got 1.5"),
+        ({"patience": True}, "patience: got True"),
         ({"device": "meta"}, "device: got meta"),
         (
             {"validation": Contexts(torch.tensor([[1]]), torch.tensor([24]))},
