@@ -725,7 +725,7 @@ def _implicit_library(model: str) -> Iterator[ModuleType]:
         import implicit
         import implicit.cpu.als
         import implicit.nearest_neighbours
-        from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+        from threadpoolctl import threadpool_limits
     except ImportError as error:
         raise ImportError(f"{model} needs the library implicit: pip install 'gflowgr[train]'") from error
     # The library's own threads and those of a BLAS underneath would fight for the same cores.
@@ -748,7 +748,7 @@ def _private_random_state(seed: int, device: torch.device) -> Iterator[None]:
 
 def _progress_bar(total: int, description: str, enabled: bool) -> Any:
     try:
-        from tqdm import tqdm  # type: ignore[import-untyped]
+        from tqdm import tqdm
     except ImportError as error:
         raise ImportError("progress=True needs the library tqdm: pip install 'gflowgr[train]'") from error
     return tqdm(total=total, desc=description, unit="batch", disable=not enabled)
