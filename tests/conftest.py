@@ -60,10 +60,10 @@ def _poison(allocated: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that Python code leaves uninitialised is poisoned, so that an element which no kernel writes shows.
+    """Memory that Python code leaves uninitialised is poisoned, so that what no kernel writes shows.
 
-    `torch.utils.deterministic.fill_uninitialized_memory` would do so too, but only together with deterministic
-    algorithms, which the CUDA kernels under the reference (cumsum, scatter_reduce) do not have.
+    `torch.utils.deterministic.fill_uninitialized_memory` would do so too, but only together with
+    deterministic algorithms, which the CUDA kernels under the reference (cumsum, scatter_reduce) lack.
     """
 
     def poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

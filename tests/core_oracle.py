@@ -60,8 +60,10 @@ class DictTrie:
         if len(tokens) == 1:
             return {tokens[0]: 0.0}
         values = [logits[token] / temperature for token in tokens]
-        total = log_sum_exp(values)
-        return {token: value - total for token, value in zip(tokens, values, strict=True)}
+        # Relative to the peak, so that even logits whose spacing exceeds log 2 keep their log-probs.
+        peak = max(values, default=0.0)
+        total = log_sum_exp([value - peak for value in values])
+        return {token: value - peak - total for token, value in zip(tokens, values, strict=True)}
 
     def token_log_probs(
         self, logits: Sequence[Sequence[float]], tokens: Sequence[int], start: int = 0

@@ -516,8 +516,8 @@ def its_own_child(arrays: dict[str, torch.Tensor]) -> None:
     arrays.update({name: torch.tensor(values, dtype=torch.int32) for name, values in circle.items()})
 
 
-# ROWS have first_child [1 3 5 6 6 6 6], token [-1 1 4 2 3 5], item_count [5 2 3 1 1 2], first_item [0 0 2 0 1 3],
-# item_node [3 4 2 5 5] and item_order [0 1 2 3 4].
+# ROWS have first_child [1 3 5 6 6 6 6], token [-1 1 4 2 3 5], item_count [5 2 3 1 1 2],
+# first_item [0 0 2 0 1 3], item_node [3 4 2 5 5] and item_order [0 1 2 3 4].
 INCONSISTENT = [
     (replaced("token", torch.Tensor.long), r"token is torch.int64 of shape \(6,\), needs int32 \(n,\)"),
     (
