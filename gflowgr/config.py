@@ -16,29 +16,40 @@ from gflowgr.objectives import FLOWS, OBJECTIVES
 class GFlowGRConfig(TrainingArguments):
     """`transformers.TrainingArguments` and what GFlowGR adds: `L = sft_weight * L_SFT + gfn_weight * L_GFN`.
 
-    The default is child flow matching with exact flows. Its reward, a mixture of distributions, already holds the
-    observed item's share, so no SFT term stands beside it. The paper's form is `objective="tb"` with
+    The default is child flow matching with exact flows. Its reward, a mixture of distributions, already holds
+    the observed item's share, so no SFT term stands beside it. The paper's form is `objective="tb"` with
     `sft_weight=1`, `flows="learned"` and a reward model of fusion "sum".
     """
 
     objective: str = field(
         default="flow_matching",
-        metadata={"help": f"The GFlowNet loss, or supervised fine-tuning alone: one of {', '.join(OBJECTIVES)}."},
+        metadata={
+            "help": f"The GFlowNet loss, or supervised fine-tuning alone: one of {', '.join(OBJECTIVES)}."
+        },
     )
     flows: str = field(
         default="exact",
         metadata={
-            "help": "Where log Z and the flows come from: 'exact' (closed form), 'learned' (a head with its own "
-            "learning rate) or 'estimated' (the mean over a context's trajectories; trajectory balance only)."
+            "help": "Where log Z and the flows come from: 'exact' (closed form), 'learned' (a head with its "
+            "own learning rate) or 'estimated' (the mean over a context's trajectories; trajectory balance "
+            "only)."
         },
     )
-    sft_weight: float = field(default=0.0, metadata={"help": "Weight of the supervised loss on the observed item."})
-    gfn_weight: float = field(default=1.0, metadata={"help": "Weight of the GFlowNet loss (the paper's lambda)."})
+    sft_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the supervised loss on the observed item."}
+    )
+    gfn_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the GFlowNet loss (the paper's lambda)."}
+    )
     num_trajectories: int = field(
         default=1, metadata={"help": "Trajectories a context, the observed item included (the paper's N)."}
     )
-    subtb_lambda: float = field(default=0.9, metadata={"help": "Weight ratio of sub-trajectories one step longer."})
-    flow_learning_rate: float = field(default=1e-2, metadata={"help": "Learning rate of learned log Z and flows."})
+    subtb_lambda: float = field(
+        default=0.9, metadata={"help": "Weight ratio of sub-trajectories one step longer."}
+    )
+    flow_learning_rate: float = field(
+        default=1e-2, metadata={"help": "Learning rate of learned log Z and flows."}
+    )
     eval_num_items: int = field(default=10, metadata={"help": "Length of the lists that evaluation ranks."})
     eval_num_beams: int = field(default=20, metadata={"help": "Beams of the evaluation's search."})
     exclude_history: bool = field(
@@ -51,7 +62,9 @@ class GFlowGRConfig(TrainingArguments):
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "The learning rate's schedule."})  # type: ignore[assignment]
     per_device_train_batch_size: int = field(default=256, metadata={"help": "Contexts a step and device."})
-    per_device_eval_batch_size: int = field(default=256, metadata={"help": "Users a batch of the evaluation."})
+    per_device_eval_batch_size: int = field(
+        default=256, metadata={"help": "Users a batch of the evaluation."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,9 +73,13 @@ class GFlowGRConfig(TrainingArguments):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, needs one of {', '.join(allowed)}")
         if self.flows == "estimated" and self.objective not in ("sft", "tb", "vargrad"):
-            raise ValueError(f"flows is 'estimated', needs objective 'tb' or 'vargrad', not {self.objective!r}")
+            raise ValueError(
+                f"flows is 'estimated', needs objective 'tb' or 'vargrad', not {self.objective!r}"
+            )
         if self.flows == "learned" and self.objective in ("flow_matching", "vargrad"):
-            raise ValueError(f"flows is 'learned', needs objective 'tb', 'db' or 'subtb', not {self.objective!r}")
+            raise ValueError(
+                f"flows is 'learned', needs objective 'tb', 'db' or 'subtb', not {self.objective!r}"
+            )
         groups = self.objective == "vargrad" or (self.objective == "tb" and self.flows == "estimated")
         at_least = 2 if groups else 1
         if self.num_trajectories < at_least:
@@ -83,5 +100,7 @@ def check_keys(settings: Mapping[str, Any], known: list[str], where: str) -> Non
     for key in settings:
         if key not in known:
             nearest = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {nearest[0]!r}?" if nearest else f", needs one of {', '.join(sorted(known))}"
+            hint = (
+                f"; did you mean {nearest[0]!r}?" if nearest else f", needs one of {', '.join(sorted(known))}"
+            )
             raise ValueError(f"{where} has the key {key!r}, which does not exist{hint}")

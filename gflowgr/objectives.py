@@ -27,7 +27,8 @@ class TrajectoryBatch:
         tokens: (C, K, L) int64, -1 pads tails.
         trie: the catalogue.
         log_flows: (C, num_nodes), the rewards' flows in closed form.
-        learned_log_flows: (C, K, L), of the state before each token, from a head; None unless flows are learned.
+        learned_log_flows: (C, K, L), of the state before each token, from a head; None unless flows are
+            learned.
     """
 
     logits: Tensor
@@ -82,7 +83,7 @@ def sft_loss(batch: TrajectoryBatch) -> Tensor:
 
 
 def gfn_loss(batch: TrajectoryBatch, objective: str, flows: str, subtb_lambda: float) -> Tensor:
-    """The GFlowNet loss, mean over contexts and trajectories (method: Malkin et al. 2022, Madan et al. 2023)."""
+    """The GFlowNet loss, mean over contexts and trajectories (Malkin et al. 2022, Madan et al. 2023)."""
     trajectories = batch.tokens.shape[1]
     if objective == "flow_matching":
         assert batch.log_flows is not None
@@ -105,7 +106,7 @@ def gfn_loss(batch: TrajectoryBatch, objective: str, flows: str, subtb_lambda: f
 
 @torch.no_grad()
 def diagnostics(batch: TrajectoryBatch) -> dict[str, float]:
-    """Figures to watch: log Z, the mean squared balance residual, the policy's entropy along the observed items."""
+    """Figures to watch: log Z, the mean squared balance residual, the entropy along the observed items."""
     figures: dict[str, float] = {}
     if batch.log_flows is not None:
         log_z = batch.log_flows[:, 0]

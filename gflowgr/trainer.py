@@ -100,7 +100,9 @@ class PolicyWithRewards(nn.Module):
             sft = sft_loss(batch) if self.sft_weight else None
             gfn = gfn_loss(batch, self.objective, self.flows, self.subtb_lambda) if self.gfn_weight else None
             loss = sum(
-                weight * part for weight, part in ((self.sft_weight, sft), (self.gfn_weight, gfn)) if part is not None
+                weight * part
+                for weight, part in ((self.sft_weight, sft), (self.gfn_weight, gfn))
+                if part is not None
             )
         return {"loss": loss, "sft_loss": sft, "gfn_loss": gfn, "batch": batch, "terms": terms}
 
@@ -115,7 +117,9 @@ class PolicyWithRewards(nn.Module):
         """Takes over what `save_pretrained` wrote; a checkpoint of another catalogue raises ValueError."""
         saved = GenerativeRecommender.load(folder)
         if saved.trie.fingerprint != self.recommender.trie.fingerprint:
-            raise ValueError(f"checkpoint {os.fspath(folder)!r} was trained on another trie than this catalogue's")
+            raise ValueError(
+                f"checkpoint {os.fspath(folder)!r} was trained on another trie than this catalogue's"
+            )
         self.recommender.load_state_dict(saved.state_dict())
         wanted = self._head_state()
         if wanted:
@@ -342,7 +346,9 @@ class GFlowGRTrainer(Trainer):
         if dataset is None:
             raise ValueError("eval_dataset is None, needs Examples here or in the trainer's arguments")
         began = time.perf_counter()
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.rank(dataset).summary().items()}
+        metrics = {
+            f"{metric_key_prefix}_{name}": value for name, value in self.rank(dataset).summary().items()
+        }
         metrics[f"{metric_key_prefix}_users_per_second"] = len(dataset) / (time.perf_counter() - began)
         self._timer += time.perf_counter() - began
         self.log({name: value for name, value in metrics.items() if math.isfinite(value)})
@@ -376,7 +382,7 @@ class GFlowGRTrainer(Trainer):
 
 
 def _contexts_of_histories(inputs: dict[str, Tensor], history_length: int) -> dict[str, Tensor]:
-    """One row for each item of whole histories but the first of a row: what came before it, and it as target."""
+    """One row for each item of whole histories but a row's first: what came before it, and it as target."""
     items, value = inputs["items"], inputs["value"]
     width = items.shape[1]
     position = torch.arange(1, width, device=items.device).unsqueeze(1)
@@ -423,11 +429,18 @@ def _check_parts(
     if whole and args.num_trajectories > 1:
         raise ValueError(f"num_trajectories is {args.num_trajectories}, needs 1 with Histories")
     if not whole and args.num_trajectories > 1 and sampler is None:
-        raise ValueError(f"sampler is None, needs a TrajectorySampler for {args.num_trajectories} trajectories")
+        raise ValueError(
+            f"sampler is None, needs a TrajectorySampler for {args.num_trajectories} trajectories"
+        )
     if sampler is not None and sampler.num_trajectories != args.num_trajectories:
         raise ValueError(
-            f"sampler draws {sampler.num_trajectories} trajectories, needs num_trajectories={args.num_trajectories}"
+            f"sampler draws {sampler.num_trajectories} trajectories, "
+            f"needs num_trajectories={args.num_trajectories}"
         )
-    for name, part in (("sampler", sampler), ("reward_model", reward_model), ("collaborative", collaborative)):
+    for name, part in (
+        ("sampler", sampler),
+        ("reward_model", reward_model),
+        ("collaborative", collaborative),
+    ):
         if part is not None and part.num_items != num_items:
             raise ValueError(f"{name} is for {part.num_items} items, needs the semantic IDs' {num_items}")

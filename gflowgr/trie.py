@@ -32,9 +32,9 @@ class PrefixTrie:
     `item_order[first_item[n] : first_item[n] + item_count[n]]`.
 
     Args:
-        sequences: (N, L) integers (a tensor, an array or nested lists), row i the tokens of item i as the model
-            emits them. -1 pads the tail of rows shorter than L. Rows may collide, and one may be a prefix of
-            another; only a stop token of yours lets a policy choose to end at such an inner node.
+        sequences: (N, L) integers (a tensor, an array or nested lists), row i the tokens of item i as the
+            model emits them. -1 pads the tail of rows shorter than L. Rows may collide, and one may be a
+            prefix of another; only a stop token of yours lets a policy choose to end at such an inner node.
 
     Attributes:
         first_child: int32 (num_nodes + 1,).
@@ -76,7 +76,9 @@ class PrefixTrie:
         self.level_offsets = tuple(offsets[:-1])
         self.token_ranges = tuple(
             (int(tokens.min()), int(tokens.max()))
-            for tokens in map(self.token.__getitem__, map(slice, self.level_offsets[1:-1], self.level_offsets[2:]))
+            for tokens in map(
+                self.token.__getitem__, map(slice, self.level_offsets[1:-1], self.level_offsets[2:])
+            )
         )
 
     @property
@@ -225,11 +227,15 @@ def _as_rows(sequences: Any) -> np.ndarray:
     try:
         rows = np.asarray(sequences)
     except ValueError as error:
-        raise ValueError("sequences has rows of different lengths, needs (N, L) with -1 at the tails") from error
+        raise ValueError(
+            "sequences has rows of different lengths, needs (N, L) with -1 at the tails"
+        ) from error
     if rows.size and rows.dtype.kind not in "iu":
         raise TypeError(f"sequences has dtype {rows.dtype}, needs integers")
     if rows.ndim != 2 or 0 in rows.shape:
-        raise ValueError(f"sequences has shape {rows.shape}, needs (N, L) with at least one item and one level")
+        raise ValueError(
+            f"sequences has shape {rows.shape}, needs (N, L) with at least one item and one level"
+        )
     if rows.max() >= 2**31 - 1:
         raise ValueError(f"sequences has the token {rows.max()}, needs tokens below 2**31 - 1")
     return np.ascontiguousarray(rows, dtype=np.int32 if rows.dtype.itemsize <= 4 else np.int64)
@@ -319,6 +325,8 @@ def _verify(arrays: dict[str, Tensor]) -> None:
         "first_item is not where the items begin",
     )
     rank_in_node = torch.arange(items) - begin[item_node[order]]
-    require(((rank_in_node >= 0) & (rank_in_node < own[item_node[order]])).all(), "item_order is out of order")
+    require(
+        ((rank_in_node >= 0) & (rank_in_node < own[item_node[order]])).all(), "item_order is out of order"
+    )
     same_node = item_node[order[1:]] == item_node[order[:-1]]
     require(((order[1:] > order[:-1]) | ~same_node).all(), "the items of a node are not in ascending order")

@@ -118,12 +118,16 @@ def test_shorter_items_end_at_their_own_state() -> None:
     for objective in ("tb", "db", "subtb", "flow_matching"):
         first = TrajectoryBatch(batch.logits[:, :1], tokens[:, :1], trie, batch.log_flows)
         cut = TrajectoryBatch(shorter.logits[:, :1], tokens[:, :1, :2], trie, batch.log_flows)
-        torch.testing.assert_close(gfn_loss(first, objective, "exact", 0.9), gfn_loss(cut, objective, "exact", 0.9))
+        torch.testing.assert_close(
+            gfn_loss(first, objective, "exact", 0.9), gfn_loss(cut, objective, "exact", 0.9)
+        )
 
 
 def test_supervised_loss_reads_the_observed_item_only(setting) -> None:
     trie, _, tokens = setting
-    logits = torch.randn(*tokens.shape, CODES * LEVELS, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    logits = torch.randn(
+        *tokens.shape, CODES * LEVELS, generator=torch.Generator().manual_seed(1)
+    ).requires_grad_()
     loss = sft_loss(TrajectoryBatch(logits, tokens, trie))
     loss.backward()
     expected = -ops.trie_token_log_probs(logits[:, 0], tokens[:, 0], trie).sum(-1).mean()

@@ -68,7 +68,10 @@ def test_a_whole_history_costs_what_its_windows_cost(tmp_path) -> None:
         windows = torch.isin(data.train.user, users)
         examples = {name: value[windows].to(device) for name, value in vars(data.train).items()}
         # Neither later items nor a truncated history may make a difference here.
-        examples["future"], examples["future_value"] = examples["future"][:, :0], examples["future_value"][:, :0]
+        examples["future"], examples["future_value"] = (
+            examples["future"][:, :0],
+            examples["future_value"][:, :0],
+        )
         assert int((histories["items"] >= 0).sum(1).max()) <= 6
         a = whole.compute_loss(whole.model, histories)
         b = single.compute_loss(single.model, examples)
@@ -134,7 +137,13 @@ def test_two_processes_train_like_one_with_twice_the_batch(tmp_path) -> None:
     for processes, batch in ((1, 16), (2, 8)):
         output = tmp_path / f"{processes}.json"
         # What `accelerate launch` runs for several GPUs; on CPUs it would want an MPI.
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        launch = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={processes}",
+        ]
         done = subprocess.run(
             [*launch, str(script), str(tmp_path / str(processes)), str(batch), str(output)],
             capture_output=True,
@@ -231,7 +240,9 @@ def test_settings_that_cannot_work_are_named(tmp_path, settings, message) -> Non
 
 
 def test_an_unknown_setting_suggests_the_nearest(tmp_path) -> None:
-    with pytest.raises(ValueError, match=r"'num_trajectory', which does not exist; did you mean 'num_trajectories'"):
+    with pytest.raises(
+        ValueError, match=r"'num_trajectory', which does not exist; did you mean 'num_trajectories'"
+    ):
         GFlowGRConfig.from_mapping({"output_dir": str(tmp_path), "num_trajectory": 3})
 
 

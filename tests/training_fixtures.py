@@ -86,7 +86,12 @@ def config(folder: Path | str, **settings: Any) -> GFlowGRConfig:
 
 
 def trainer(
-    folder: Path | str, *, backbone: str = "decoder", histories: bool = False, fusion: str = "mixture", **settings: Any
+    folder: Path | str,
+    *,
+    backbone: str = "decoder",
+    histories: bool = False,
+    fusion: str = "mixture",
+    **settings: Any,
 ) -> GFlowGRTrainer:
     data, semantic_ids = world()
     args = config(folder, **settings)

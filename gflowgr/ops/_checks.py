@@ -104,7 +104,9 @@ def trie_for(trie: CatalogueTrie, device: torch.device, width: int | None = None
     if trie.device != device:
         raise ValueError(f"trie is on {trie.device}, needs {device}; move it with trie.to({str(device)!r})")
     if width is not None and trie.max_token >= width:
-        raise ValueError(f"trie has the token {trie.max_token}, needs tokens below the vocabulary's size, {width}")
+        raise ValueError(
+            f"trie has the token {trie.max_token}, needs tokens below the vocabulary's size, {width}"
+        )
 
 
 def mask_like(mask: Any, like: Tensor) -> Tensor | None:

@@ -134,7 +134,11 @@ def trie_sample(
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     nodes, uniform = nodes.contiguous(), uniform.contiguous()
-    tokens, reached, log_probs = (torch.empty_like(nodes), torch.empty_like(nodes), _sums(logits, nodes.shape))
+    tokens, reached, log_probs = (
+        torch.empty_like(nodes),
+        torch.empty_like(nodes),
+        _sums(logits, nodes.shape),
+    )
     _core.sample(
         _trie(first_child, token),
         _logits(logits),

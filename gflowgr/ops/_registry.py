@@ -13,7 +13,9 @@ import torch
 
 BACKENDS = ("auto", "cpp", "triton", "torch")
 HAS_CPP = importlib.util.find_spec("gflowgr._core") is not None
-HAS_TRITON = importlib.util.find_spec("triton") is not None and importlib.util.find_spec("gflowgr.kernels") is not None
+HAS_TRITON = (
+    importlib.util.find_spec("triton") is not None and importlib.util.find_spec("gflowgr.kernels") is not None
+)
 TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
 
 CPP_OPS = frozenset(
@@ -101,7 +103,9 @@ def register(
         LIBRARY.impl(name, run, key)
     torch.library.register_fake(f"gflowgr::{name}", fake, lib=LIBRARY)
     if backward is not None:
-        torch.library.register_autograd(f"gflowgr::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+        torch.library.register_autograd(
+            f"gflowgr::{name}", backward, setup_context=setup_context, lib=LIBRARY
+        )
 
 
 def register_composite(schema: str, definition: Callable[..., Any]) -> None:

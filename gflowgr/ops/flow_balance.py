@@ -34,7 +34,9 @@ def detailed_balance(
         TypeError, ValueError: an argument has the wrong type, shape or device.
     """
     log_probs, log_flows, mask, weights = _prepared(log_probs, log_flows, mask, weights, reduction)
-    return reference.reduce(torch.ops.gflowgr.detailed_balance(log_probs, log_flows, mask), weights, reduction)
+    return reference.reduce(
+        torch.ops.gflowgr.detailed_balance(log_probs, log_flows, mask), weights, reduction
+    )
 
 
 def subtrajectory_balance(
@@ -46,10 +48,10 @@ def subtrajectory_balance(
     weights: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """weights * the lam-weighted mean over all sub-trajectories of their squared residual (Madan et al. 2023).
+    """weights * the lam-weighted mean of all sub-trajectories' squared residuals (Madan et al. 2023).
 
-    A sub-trajectory of n steps weighs lam^(n - 1) and counts when all its steps do: lam -> 0 is the mean of the
-    steps' detailed balance, lam = 1 weighs all alike.
+    A sub-trajectory of n steps weighs lam^(n - 1) and counts when all its steps do: lam -> 0 is the mean of
+    the steps' detailed balance, lam = 1 weighs all alike.
 
     Args:
         log_probs: (..., T) floats, one row a trajectory.

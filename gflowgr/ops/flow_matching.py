@@ -29,14 +29,14 @@ def flow_matching(
         logits: (..., V) float32, float64, bfloat16 or float16, any strides.
         nodes: (...) integers.
         trie: on the device of `logits`, tokens below V.
-        log_flows: (..., num_nodes) floats as `trie_log_flows` gives them; its leading shape is that of `nodes`
-            or a prefix of it: (B, num_nodes) serves nodes (B, T), (num_nodes,) serves every row.
+        log_flows: (..., num_nodes) floats as `trie_log_flows` gives them; its leading shape is that of
+            `nodes` or a prefix of it: (B, num_nodes) serves nodes (B, T), (num_nodes,) serves every row.
         reduction: over rows, "mean", "sum" or "none".
         backend: "auto", "cpp" or "torch".
 
     Returns:
-        The divergence in nats, a scalar, or (...) for "none"; differentiable in `logits` and `log_flows`. It is
-        0, without gradient, for a row with fewer than two children or whose children carry no flow.
+        The divergence in nats, a scalar, or (...) for "none"; differentiable in `logits` and `log_flows`. It
+        is 0, without gradient, for a row with fewer than two children or whose children carry no flow.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, device or vocabulary.
@@ -104,7 +104,9 @@ def _fake_backward(
 register(
     "flow_matching(Tensor logits, Tensor nodes, Tensor first_child, Tensor token, int max_children, "
     "Tensor log_flows, str backend) -> Tensor",
-    lambda logits, nodes, first_child, token, max_children, log_flows, backend: log_flows.new_empty(nodes.shape),
+    lambda logits, nodes, first_child, token, max_children, log_flows, backend: log_flows.new_empty(
+        nodes.shape
+    ),
     setup_context=_setup_context,
     backward=_backward,
 )

@@ -147,7 +147,8 @@ def log_partition_variance(
         reduction: "mean", "sum" or "none".
 
     Returns:
-        The loss, a scalar, or (B,) for "none". Its gradient is that of `trajectory_balance` at the best log Z.
+        The loss, a scalar, or (B,) for "none". Its gradient is that of `trajectory_balance` at the best
+        log Z.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape or device, or a group is not whole.
@@ -160,7 +161,9 @@ def log_partition_variance(
         raise ValueError(f"log_probs has shape {tuple(log_probs.shape)}, needs (B, T)")
     like = log_probs.detach().sum(-1)
     if not isinstance(group_size, int) or group_size < 1 or like.numel() % group_size:
-        raise ValueError(f"group_size is {group_size}, needs a divisor of the {like.shape[0]} rows of log_probs")
+        raise ValueError(
+            f"group_size is {group_size}, needs a divisor of the {like.shape[0]} rows of log_probs"
+        )
     log_rewards = _checks.per_trajectory("log_rewards", log_rewards, like)
     weights = None if weights is None else _checks.per_trajectory("weights", weights, like)
     loss = torch.ops.gflowgr.log_partition_variance(log_probs, log_rewards, group_size, mask)
@@ -173,7 +176,9 @@ def _setup_balance(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(output[1], mask, weights)
 
 
-def _residual_gradient(residual: Tensor, weights: Tensor | None, grad_loss: Tensor, grad_residual: Tensor) -> Tensor:
+def _residual_gradient(
+    residual: Tensor, weights: Tensor | None, grad_loss: Tensor, grad_residual: Tensor
+) -> Tensor:
     """What reaches the residual through weights * residual^2 and through the residual itself."""
     slope = 2 * residual if weights is None else 2 * weights * residual
     return grad_loss * slope + grad_residual

@@ -61,8 +61,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 register(
-    "trie_log_flows(Tensor log_rewards, Tensor first_child, Tensor token, Tensor first_item, Tensor item_count, "
-    "Tensor item_order, str backend) -> Tensor",
+    "trie_log_flows(Tensor log_rewards, Tensor first_child, Tensor token, Tensor first_item, "
+    "Tensor item_count, Tensor item_order, str backend) -> Tensor",
     lambda log_rewards, first_child, token, *_: log_rewards.new_empty(log_rewards.shape[0], token.shape[0]),
     setup_context=_setup_context,
     backward=_backward,

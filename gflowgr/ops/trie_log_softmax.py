@@ -74,8 +74,8 @@ register(
     backward=_backward,
 )
 register(
-    "trie_log_softmax_backward(Tensor grad, Tensor log_probs, Tensor nodes, Tensor first_child, Tensor token, "
-    "int max_children, ScalarType dtype, str backend) -> Tensor",
+    "trie_log_softmax_backward(Tensor grad, Tensor log_probs, Tensor nodes, Tensor first_child, "
+    "Tensor token, int max_children, ScalarType dtype, str backend) -> Tensor",
     lambda grad, log_probs, nodes, first_child, token, max_children, dtype, backend: grad.new_empty(
         grad.shape, dtype=dtype
     ),

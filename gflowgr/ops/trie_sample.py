@@ -36,9 +36,9 @@ def trie_sample(
         backend: "auto", "cpp", "triton" or "torch".
 
     Returns:
-        tokens int64 (...), nodes int64 (...) reached by them, and log_probs (...) float32 (float64 for float64):
-        the draw's log-prob under the policy at temperature 1, whatever `temperature` drew it, differentiable in
-        `logits`. A row with nothing to draw (a leaf, or -1) gives -1, -1 and 0.
+        tokens int64 (...), nodes int64 (...) reached by them, and log_probs (...) float32 (float64 for
+        float64): the draw's log-prob under the policy at temperature 1, whatever `temperature` drew it,
+        differentiable in `logits`. A row with nothing to draw (a leaf, or -1) gives -1, -1 and 0.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, device, vocabulary or range.

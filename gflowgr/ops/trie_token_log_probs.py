@@ -25,21 +25,21 @@ def trie_token_log_probs(
 ) -> Tensor:
     """log P_F of each token of item paths: log_softmax over the children of the node before it.
 
-    Reads the children's logits only, so it costs a few dozen loads a row whatever the vocabulary. What remains
-    is the dense gradient of `logits`; `trie_linear_token_log_probs` does without that too.
+    Reads the children's logits only, so it costs a few dozen loads a row whatever the vocabulary. What
+    remains is the dense gradient of `logits`; `trie_linear_token_log_probs` does without that too.
 
     Args:
         logits: (..., T, V) float32, float64, bfloat16 or float16, any strides; `logits[..., t, :]` predicts
             `tokens[..., t]`.
-        tokens: (..., T) integers. From the first -1 on (padding): log-prob 0, no gradient. A token that is not
-            a child, and what follows it: log-prob -inf, gradient 0.
+        tokens: (..., T) integers. From the first -1 on (padding): log-prob 0, no gradient. A token that is
+            not a child, and what follows it: log-prob -inf, gradient 0.
         trie: on the device of `logits`, tokens below V.
         start: the node before the first token, an int or integers (...).
         backend: "auto", "cpp", "triton" or "torch".
 
     Returns:
-        (..., T) float32 (float64 for float64 logits), differentiable in `logits`. A forced token (an only child)
-        has log-prob exactly 0 and no gradient.
+        (..., T) float32 (float64 for float64 logits), differentiable in `logits`. A forced token (an only
+        child) has log-prob exactly 0 and no gradient.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, device or vocabulary.
@@ -208,8 +208,8 @@ register(
     backward=_backward,
 )
 register(
-    "trie_token_log_probs_backward(Tensor grad, Tensor logits, Tensor tokens, Tensor start, Tensor first_child, "
-    "Tensor token, int max_children, int first_token, str backend) -> Tensor",
+    "trie_token_log_probs_backward(Tensor grad, Tensor logits, Tensor tokens, Tensor start, "
+    "Tensor first_child, Tensor token, int max_children, int first_token, str backend) -> Tensor",
     lambda grad, logits, *_: logits.new_empty(logits.shape),
 )
 register_composite(

@@ -32,7 +32,9 @@ def trie_walk(
     if backend == "torch":
         return reference.trie_walk(tokens, start, trie)
     paths = tokens.reshape(start.numel(), shape[-1])
-    return torch.ops.gflowgr.trie_walk(paths, start.reshape(-1), trie.first_child, trie.token, backend).view(shape)
+    return torch.ops.gflowgr.trie_walk(paths, start.reshape(-1), trie.first_child, trie.token, backend).view(
+        shape
+    )
 
 
 register(
