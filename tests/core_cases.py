@@ -128,6 +128,12 @@ class World:
         tokens = torch.where(self.coin(shape, 0.1), self.integers(0, self.width, shape), tokens)
         return torch.where(self.coin(shape, 0.07), -1, tokens)
 
+    def paths(self, shape: tuple[int, ...]) -> Tensor:
+        """Paths of items, padded or cut short, never off the trie."""
+        paths = torch.tensor([path + [-1] * shape[-1] for path in self.rows])[:, : shape[-1]]
+        paths = paths[self.integers(0, len(self.rows), shape[:-1])]
+        return torch.where(self.coin(shape, 0.1).cumsum(-1) > 0, -1, paths)
+
 
 worlds = st.builds(
     World,
@@ -177,6 +183,44 @@ def spoilt(
         columns = read(row)
         result[row][columns] = logits[row][columns]
     return result
+
+
+def sums(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def any_integers(world: World, values: Tensor, layout: str, device: torch.device) -> Tensor:
+    """`values` in some integer dtype that holds them, under a layout."""
+    dtypes = integer_dtypes(values)
+    dtype = dtypes[int(world.integers(0, len(dtypes), ()))]
+    return laid_out(values, layout).to(dtype).to(device)
+
+
+def choices(world: World, node: int) -> list[int]:
+    """The columns that a row at `node` may read: none where there is nothing to choose."""
+    tokens = list(world.oracle.children(node))
+    return tokens if len(tokens) > 1 else []
+
+
+def logits_at(world: World, nodes: Tensor, dtype: torch.dtype, layout: str, device: torch.device) -> Tensor:
+    """Logits (..., V) with NaN and infinities in all columns that a row at that node must not read."""
+    values = world.normals((*nodes.shape, world.width))
+    if layout == "expanded":
+        # Rows share their columns here, so none can be spoilt.
+        return laid_out(values, layout).to(dtype).to(device)
+    values = spoilt(values, lambda row: choices(world, int(nodes[row])), world.generator)
+    return laid_out(values.to(dtype).to(device), layout)
+
+
+def path_logits(
+    world: World, tokens: Tensor, start: Tensor, dtype: torch.dtype, layout: str, device: torch.device
+) -> Tensor:
+    """The same for item paths: logits (..., T, V)."""
+    nodes = torch.full(tokens.shape, -1)
+    for row in np.ndindex(tokens.shape[:-1]):
+        walked = world.oracle.walk(tokens[row].tolist(), int(start[row]))
+        nodes[row] = torch.tensor([int(start[row]), *walked])[:-1]
+    return logits_at(world, nodes, dtype, layout, device)
 
 
 def assert_close(ours: Tensor, exact: Any, yardstick: Tensor | None = None, *, slack: float = 8.0) -> None:

@@ -14,17 +14,19 @@ from core_cases import (
     FLOATS,
     LAYOUTS,
     World,
+    any_integers,
     assert_close,
     backends,
     catalogues,
     device_of,
     floats,
     for_all,
-    integer_dtypes,
     laid_out,
     layouts,
     leading_shapes,
-    spoilt,
+    logits_at,
+    path_logits,
+    sums,
     worlds,
 )
 from hypothesis import given
@@ -37,44 +39,6 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 path_shapes = st.tuples(leading_shapes, st.integers(0, 5)).map(lambda pair: (*pair[0], pair[1]))
 ROWS = [[1, 2, 5], [1, 3, -1], [4, -1, -1], [4, 5, 6], [4, 5, 6], [7, 0, -1], [7, 3, -1], [7, 9, -1]]
-
-
-def sums(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def any_integers(world: World, values: Tensor, layout: str, device: torch.device) -> Tensor:
-    """`values` in some integer dtype that holds them, under a layout."""
-    dtypes = integer_dtypes(values)
-    dtype = dtypes[int(world.integers(0, len(dtypes), ()))]
-    return laid_out(values, layout).to(dtype).to(device)
-
-
-def choices(world: World, node: int) -> list[int]:
-    """The columns that a row at `node` may read: none where there is nothing to choose."""
-    tokens = list(world.oracle.children(node))
-    return tokens if len(tokens) > 1 else []
-
-
-def logits_at(world: World, nodes: Tensor, dtype: torch.dtype, layout: str, device: torch.device) -> Tensor:
-    """Logits (..., V) with NaN and infinities in all columns that a row at that node must not read."""
-    values = world.normals((*nodes.shape, world.width))
-    if layout == "expanded":
-        # Rows share their columns here, so none can be spoilt.
-        return laid_out(values, layout).to(dtype).to(device)
-    values = spoilt(values, lambda row: choices(world, int(nodes[row])), world.generator)
-    return laid_out(values.to(dtype).to(device), layout)
-
-
-def path_logits(
-    world: World, tokens: Tensor, start: Tensor, dtype: torch.dtype, layout: str, device: torch.device
-) -> Tensor:
-    """The same for item paths: logits (..., T, V)."""
-    nodes = torch.full(tokens.shape, -1)
-    for row in np.ndindex(tokens.shape[:-1]):
-        walked = world.oracle.walk(tokens[row].tolist(), int(start[row]))
-        nodes[row] = torch.tensor([int(start[row]), *walked])[:-1]
-    return logits_at(world, nodes, dtype, layout, device)
 
 
 def row_of(logits: Tensor, row: tuple[int, ...]) -> Any:
@@ -663,7 +627,7 @@ def test_subtrajectory_balance_defaults_to_lam_0_9() -> None:
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("backend", backends("trie_token_log_probs"))
 def test_peaked_logits(backend: str, dtype: torch.dtype) -> None:
-    """p -> 1 on one child, values near the dtype's largest, children at -inf, and logits that are all alike."""
+    """p -> 1 on one child, values near the largest of the dtype, children at -inf, logits all alike."""
     device = device_of(backend)
     rows = [[t, 9] for t in range(6)] + [[0, 8]]
     trie, world = PrefixTrie(rows).to(device), World(rows, 0, 0)
