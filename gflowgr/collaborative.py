@@ -12,8 +12,9 @@ import json
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from numbers import Integral, Real
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
@@ -184,8 +185,8 @@ class ItemKNN(Recommender):
     ) -> None:
         from scipy.sparse import csr_matrix
 
-        self.num_items = num_items
-        self.recency = recency
+        self.num_items = int(num_items)
+        self.recency = float(recency)
         self.similarity = csr_matrix((similarity, indices, indptr), shape=(num_items, num_items))
 
     @classmethod
@@ -202,10 +203,10 @@ class ItemKNN(Recommender):
     ) -> ItemKNN:
         """Find each item's `neighbours` most similar items; nothing is drawn, `seed` has no effect."""
         _check_positive("neighbours", neighbours, integer=True)
-        if not 0.0 <= popularity_exponent <= 1.0:
-            raise ValueError(f"popularity_exponent: got {popularity_exponent}, need a number in [0, 1]")
-        if not 0.0 < recency <= 1.0:
-            raise ValueError(f"recency: got {recency}, need a number in (0, 1]")
+        _check_number(
+            "popularity_exponent", popularity_exponent, lambda x: 0.0 <= x <= 1.0, "a number in [0, 1]"
+        )
+        _check_number("recency", recency, lambda x: 0.0 < x <= 1.0, "a number in (0, 1]")
         from scipy.sparse import diags
 
         matrix = _interaction_matrix(sequences, num_items)
@@ -271,8 +272,8 @@ class ALS(Recommender):
     def __init__(self, item_factors: Tensor, *, alpha: float, regularization: float) -> None:
         self.num_items = item_factors.shape[0]
         self.item_factors = item_factors
-        self.alpha = alpha
-        self.regularization = regularization
+        self.alpha = float(alpha)
+        self.regularization = float(regularization)
         identity = torch.eye(item_factors.shape[1], dtype=item_factors.dtype)
         self._gram = item_factors.T @ item_factors + regularization * identity
 
@@ -442,18 +443,17 @@ class SASRecNetwork(nn.Module):
             _check_positive(name, value, integer=True)
         if hidden_size % num_heads:
             raise ValueError(f"num_heads: got {num_heads}, need a divisor of hidden_size = {hidden_size}")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout: got {dropout}, need a number in [0, 1)")
+        _check_number("dropout", dropout, lambda x: 0.0 <= x < 1.0, "a number in [0, 1)")
         self.config = {
-            "num_items": num_items,
-            "hidden_size": hidden_size,
-            "num_layers": num_layers,
-            "num_heads": num_heads,
-            "dropout": dropout,
-            "max_history": max_history,
+            "num_items": int(num_items),
+            "hidden_size": int(hidden_size),
+            "num_layers": int(num_layers),
+            "num_heads": int(num_heads),
+            "dropout": float(dropout),
+            "max_history": int(max_history),
         }
-        self.num_items = num_items
-        self.max_history = max_history
+        self.num_items = int(num_items)
+        self.max_history = int(max_history)
         self.item_embedding = nn.Embedding(num_items, hidden_size)
         self.position_embedding = nn.Embedding(max_history + 1, hidden_size)
         self.start = nn.Parameter(torch.empty(hidden_size))
@@ -739,10 +739,10 @@ def _private_random_state(seed: int, device: torch.device) -> Iterator[None]:
         raise ValueError(f"device: got {device}, need a CPU or CUDA device (move the fitted model with to())")
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        torch.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(int(seed))
         if devices:
             with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
+                torch.cuda.manual_seed(int(seed))
         yield
 
 
@@ -801,7 +801,12 @@ def _check_validation(validation: ExamplesLike, num_items: int) -> None:
         raise ValueError(f"validation.target: got an id outside 0 to num_items - 1 = {num_items - 1}")
 
 
-def _check_positive(name: str, value: float, integer: bool = False) -> None:
-    kinds = (int, np.integer) if integer else (int, float, np.integer, np.floating)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not value > 0 or not math.isfinite(value):
-        raise ValueError(f"{name}: got {value!r}, need a positive {'integer' if integer else 'number'}")
+def _check_positive(name: str, value: object, integer: bool = False) -> None:
+    kind: type = Integral if integer else Real
+    need = "a positive integer" if integer else "a positive number"
+    _check_number(name, value, lambda x: isinstance(value, kind) and 0.0 < x < math.inf, need)
+
+
+def _check_number(name: str, value: object, is_allowed: Callable[[float], bool], need: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real) or not is_allowed(float(value)):
+        raise ValueError(f"{name}: got {value!r}, need {need}")

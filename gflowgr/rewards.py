@@ -6,6 +6,7 @@ import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import TypeAlias
 
 import torch
@@ -82,13 +83,13 @@ class InteractionReward:
     """
 
     def __init__(self, mapping: Mapping[float, float] | None = None, *, future_scale: float = 0.5) -> None:
-        if not 0.0 <= future_scale < math.inf:
-            raise ValueError(f"future_scale: got {future_scale}, need a number of at least 0")
+        _check_number("future_scale", future_scale, least=0.0)
+        if mapping is not None and not mapping:
+            raise ValueError("mapping: got none, need the reward of each logged value")
         for value, reward in (mapping or {}).items():
-            if not 0.0 <= reward < math.inf:
-                raise ValueError(
-                    f"mapping: got reward {reward} for value {value}, need a number of at least 0"
-                )
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise ValueError(f"mapping: got the logged value {value!r}, need a number")
+            _check_number(f"mapping[{value}]", reward, least=0.0)
         self.mapping = None if mapping is None else dict(mapping)
         self.future_scale = future_scale
 
@@ -154,8 +155,7 @@ class CollaborativeReward:
         if normalisation not in NORMALISATIONS:
             near = _near(normalisation, NORMALISATIONS)
             raise ValueError(f"normalisation: got {normalisation!r}, need one of {NORMALISATIONS}{near}")
-        if not 0.0 < temperature < math.inf:
-            raise ValueError(f"temperature: got {temperature}, need a positive number")
+        _check_number("temperature", temperature, above=0.0)
         self.normalisation = normalisation
         self.temperature = temperature
 
@@ -292,16 +292,13 @@ class RewardModel(nn.Module):
                 raise TypeError(f"terms: {name!r} is a {type(term).__name__}, need a callable")
         if fusion not in FUSIONS:
             raise ValueError(f"fusion: got {fusion!r}, need one of {FUSIONS}{_near(fusion, FUSIONS)}")
-        if isinstance(num_items, bool) or not isinstance(num_items, int) or num_items < 1:
-            raise ValueError(f"num_items: got {num_items!r}, need a positive integer")
-        for argument, value in (("floor", floor), ("scale", scale)):
-            if not 0.0 < value < math.inf:
-                raise ValueError(f"{argument}: got {value}, need a positive number")
-        if not 0.0 <= anchor <= 1.0:
-            raise ValueError(f"anchor: got {anchor}, need a number in [0, 1]")
+        _check_number("num_items", num_items, least=1, kind=Integral)
+        _check_number("floor", floor, above=0.0)
+        _check_number("scale", scale, above=0.0)
+        _check_number("anchor", anchor, least=0.0, most=1.0)
         self.terms = dict(terms)
         self.term_modules = nn.ModuleDict({n: t for n, t in terms.items() if isinstance(t, nn.Module)})
-        self.num_items = num_items
+        self.num_items = int(num_items)
         self.fusion = fusion
         self.floor = floor
         self.scale = scale
@@ -469,14 +466,32 @@ def _term_weights(
         missing = [name for name in names if name not in weights]
         if missing:
             raise ValueError(f"weights: got none for {missing}, need one for each of {names}")
+        for name in names:
+            _check_number(f"weights[{name!r}]", weights[name], least=0.0)
         given = {name: float(weights[name]) for name in names}
-    for name, weight in given.items():
-        if not 0.0 <= weight < math.inf:
-            raise ValueError(f"weights: got {weight} for {name!r}, need a number of at least 0")
     total = sum(given.values())
     if total == 0.0:
         raise ValueError("weights: got 0 for every term, need one above 0")
     return {name: weight / total for name, weight in given.items()} if normalise else given
+
+
+def _check_number(
+    name: str,
+    value: object,
+    *,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    most: float = math.inf,
+    kind: type = Real,
+) -> None:
+    is_number = isinstance(value, kind) and not isinstance(value, bool)
+    number = float(value) if is_number else math.nan  # type: ignore[arg-type]
+    if not (math.isfinite(number) and least <= number <= most and number > above):
+        bounds = {"at least": least, "above": above, "at most": most}
+        need = " and ".join(f"{words} {bound:g}" for words, bound in bounds.items() if math.isfinite(bound))
+        raise ValueError(
+            f"{name}: got {value!r}, need {'an integer' if kind is Integral else 'a number'} {need}"
+        )
 
 
 def _near(name: object, names: tuple[str, ...]) -> str:

@@ -136,6 +136,18 @@ def test_saved_models_come_back_as_they_were(fitted: Recommender, tmp_path: Path
         other.load(path)
 
 
+def test_settings_computed_with_numpy_can_be_saved(tmp_path: Path) -> None:
+    count, rate = np.int64, np.float32
+    for name, options in (
+        ("item-knn", {"recency": rate(0.5), "neighbours": count(5), "progress": False}),
+        ("als", {"alpha": rate(2), "factors": count(4), "progress": False}),
+        ("sasrec", {"hidden_size": count(8), "dropout": rate(0.25), "epochs": count(1), "progress": False}),
+    ):
+        model = build(name, clustered_log(0), count(NUM_ITEMS), seed=count(1), **options)
+        model.save(tmp_path / name)
+        assert torch.equal(load(tmp_path / name).scores(padded([[3]])), model.scores(padded([[3]])))
+
+
 def test_damaged_files_are_refused(fitted: Recommender, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     fitted.save(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -385,17 +386,39 @@ TERM = {"interaction": InteractionReward()}
         (TERM, {"fusion": "mixtrue"}, "fusion: got 'mixtrue'.*did you mean 'mixture'"),
         (TERM, {"weights": {"interacton": 1.0}}, "weights: got 'interacton'.*did you mean 'interaction'"),
         (TERM, {"weights": {}}, r"weights: got none for \['interaction'\]"),
-        (TERM, {"weights": {"interaction": -1.0}}, "weights: got -1.0 for 'interaction'"),
+        (
+            TERM,
+            {"weights": {"interaction": -1.0}},
+            r"weights\['interaction'\]: got -1.0, need a number at least 0",
+        ),
         (TERM, {"weights": {"interaction": 0.0}}, "weights: got 0 for every term"),
-        (TERM, {"floor": 0.0}, "floor: got 0.0"),
+        (TERM, {"floor": 0.0}, "floor: got 0.0, need a number above 0"),
+        (TERM, {"floor": "1e-8"}, "floor: got '1e-8', need a number above 0"),
         (TERM, {"scale": math.nan}, "scale: got nan"),
-        (TERM, {"anchor": 1.5}, "anchor: got 1.5"),
+        (TERM, {"anchor": 1.5}, "anchor: got 1.5, need a number at least 0 and at most 1"),
         (TERM, {"num_items": 0}, "num_items: got 0"),
     ],
 )
 def test_settings_that_cannot_work_name_themselves(terms: dict, settings_: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RewardModel(terms, **{"num_items": 9, **settings_})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: InteractionReward({}), "mapping: got none"),
+        (lambda: InteractionReward({"like": 1.0}), "mapping: got the logged value 'like', need a number"),
+        (lambda: InteractionReward({1.0: -1.0}), r"mapping\[1.0\]: got -1.0, need a number at least 0"),
+        (lambda: InteractionReward(future_scale=math.inf), "future_scale: got inf"),
+        (lambda: CollaborativeReward(temperature=0), "temperature: got 0, need a number above 0"),
+        (lambda: CollaborativeReward("sofmax"), "normalisation: got 'sofmax'.*did you mean 'softmax'"),
+        (lambda: SimilarityReward(torch.ones(3)), r"codes: got torch.float32 of shape \(3,\), need integers"),
+    ],
+)
+def test_terms_that_cannot_work_name_their_setting(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 @pytest.mark.parametrize(
