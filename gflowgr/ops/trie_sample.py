@@ -55,7 +55,9 @@ def trie_sample(
     if generator is not None and generator.device.type != logits.device.type:
         raise ValueError(f"generator is of {generator.device}, needs {logits.device} like logits")
     backend = resolve_backend(backend, "trie_sample", logits.device)
-    uniform = torch.rand(nodes.shape, generator=generator, device=logits.device, dtype=torch.float64)
+    # The compiler knows no torch.rand that takes both a generator, even None, and a shape of any size.
+    source = {} if generator is None else {"generator": generator}
+    uniform = torch.rand(nodes.shape, device=logits.device, dtype=torch.float64, **source)
     if backend == "torch":
         return reference.trie_sample(logits, nodes, trie, uniform, temperature)
     paths = _checks.as_paths(logits.unsqueeze(0) if logits.dim() == 1 else logits)
