@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -790,16 +791,17 @@ def _mean(states: Tensor, real: Tensor) -> Tensor:
 
 def _add_dropout(model: PreTrainedModel, rate: float) -> None:
     """Dropout on the embeddings and on what each block adds to the residual stream."""
-
-    def drop(module: nn.Module, inputs: Any, output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (F.dropout(output[0], rate, module.training), *output[1:])
-        return F.dropout(output, rate, module.training)
-
+    drop = partial(_drop, rate)
     model.get_input_embeddings().register_forward_hook(drop)
     for layer in model.get_decoder().layers:
         layer.self_attn.register_forward_hook(drop)
         layer.mlp.register_forward_hook(drop)
+
+
+def _drop(rate: float, module: nn.Module, inputs: Any, output: Any) -> Any:
+    if isinstance(output, tuple):
+        return (F.dropout(output[0], rate, module.training), *output[1:])
+    return F.dropout(output, rate, module.training)
 
 
 def _from_config(auto: Any, config: Any, seed: int, attention: str) -> PreTrainedModel:

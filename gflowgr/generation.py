@@ -228,7 +228,7 @@ def _beam_search(
             break
         logits, context = model.extend(context, tokens.gather(1, going), parents.gather(1, going))
         nodes = torch.where(on, nodes.gather(1, going), -1)
-        scores = torch.where(on, scores.gather(1, going), -torch.inf)
+        scores = scores.gather(1, going)
     ends, counts, log_probs = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
     return _best(trie, ends, counts, log_probs, num_items, history if exclude_history else None)
 

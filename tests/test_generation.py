@@ -170,6 +170,19 @@ def test_few_beams_find_what_a_search_in_plain_lists_finds(
         torch.testing.assert_close(log_probs, torch.tensor(expected).double(), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_history_of_favourites_takes_no_beam(backbone: str) -> None:
+    model = tiny(backbone, catalogue(40, 3, 4, distinct=True))
+    context = histories(40, contexts=1)
+    favourites = generate(model, context, num_items=12).items[0].tolist()
+    history = torch.tensor([favourites[:6] + context[0].tolist()])
+    model.history_length = 5
+    known = {item for item in history[0].tolist() if item >= 0}
+    expected = Oracle(model, history).beam_search(0, 3, 3, known)
+    generated = generate(model, history, num_items=3, num_beams=3, exclude_history=True)
+    torch.testing.assert_close(generated.log_probs[0], torch.tensor(expected).double(), rtol=0, atol=1e-5)
+
+
 def test_items_of_the_same_tokens_stand_together_in_their_order() -> None:
     semantic_ids = SemanticIds([[0, 1], [1, 0], [0, 1], [1, 1], [0, 1], [1, 0]])
     model = tiny("llama", semantic_ids)
