@@ -76,13 +76,14 @@ class Rewards:
 class InteractionReward:
     """r_a: what the observed interaction was worth; 0 for items the user was not seen with.
 
-    The target earns its `value`, a later item of the log `future_scale` times its own. `mapping`
-    turns logged values into rewards first (say `{1.0: 1.0, 2.0: 10.0}` where the log writes 1 for a click
-    and 2 for a like); a value that it lacks raises ValueError. GFlowGR (arXiv 2506.16114), interaction
-    reward; the later items are not in the paper.
+    The target earns its `value`, a later item of the log `future_scale` times its own. That is 0 unless set:
+    in a mixture later items share this term's mass with the target. `mapping` turns logged values into
+    rewards first (say `{1.0: 1.0, 2.0: 10.0}` where the log writes 1 for a click and 2 for a like); a value
+    that it lacks raises ValueError. GFlowGR (arXiv 2506.16114), interaction reward; the later items are not
+    in the paper.
     """
 
-    def __init__(self, mapping: Mapping[float, float] | None = None, *, future_scale: float = 0.5) -> None:
+    def __init__(self, mapping: Mapping[float, float] | None = None, *, future_scale: float = 0.0) -> None:
         _check_number("future_scale", future_scale, least=0.0)
         if mapping is not None and not mapping:
             raise ValueError("mapping: got none, need the reward of each logged value")

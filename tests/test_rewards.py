@@ -84,6 +84,14 @@ def test_interaction_maps_logged_behaviours_to_rewards() -> None:
         term.catalogue(unknown, 3)
 
 
+def test_later_items_earn_nothing_unless_asked_to() -> None:
+    context = random_context(10)
+    reward = InteractionReward().catalogue(context, 9)
+    assert torch.equal(reward.sum(1), context.value)
+    assert torch.equal(reward.gather(1, context.target[:, None])[:, 0], context.value)
+    assert torch.equal(InteractionReward()(context, catalogue_items(5, 9)), reward)
+
+
 def test_interaction_without_later_items_pays_the_target_alone() -> None:
     context = RewardContext(torch.full((1, 2), -1), torch.tensor([1]), torch.tensor([4.0]))
     assert InteractionReward().catalogue(context, 3).tolist() == [[0.0, 4.0, 0.0]]
