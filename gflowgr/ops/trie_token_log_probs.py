@@ -100,7 +100,8 @@ def trie_linear_token_log_probs(
     _checks.shaped("weight", weight, torch.Size((weight.shape[0], hidden.shape[-1])))
     if bias is not None:
         _checks.shaped("bias", _checks.floats("bias", bias, 1), weight.shape[:1])
-    if not torch.is_autocast_enabled(hidden.device.type):
+    kind = hidden.device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
         _checks.same_dtype("weight", weight, hidden.dtype)
         _checks.same_dtype("bias", weight if bias is None else bias, hidden.dtype)
     tokens = _checks.integers("tokens", tokens, hidden.shape[:-1])
