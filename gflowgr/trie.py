@@ -68,6 +68,7 @@ class PrefixTrie:
     def _adopt(self, arrays: dict[str, Tensor]) -> None:
         for name in _ARRAYS:
             setattr(self, name, arrays[name])
+        self._parent: Tensor | None = None
         self.max_token = int(self.token.max())
         self.max_children = int((self.first_child[1:] - self.first_child[:-1]).max())
         offsets = [0, 1]
@@ -102,9 +103,15 @@ class PrefixTrie:
     def device(self) -> torch.device:
         return self.token.device
 
-    @cached_property
+    @property
     def parent(self) -> Tensor:
-        """int32 (num_nodes,), the parent of each node, -1 for the root."""
+        """int32 (num_nodes,), the parent of each node, -1 for the root; made on first use."""
+        # No cached_property: before Python 3.12 it takes a lock, which torch.compile cannot trace.
+        if self._parent is None:
+            self._parent = self._parents()
+        return self._parent
+
+    def _parents(self) -> Tensor:
         nodes = torch.arange(self.num_nodes, dtype=torch.int32, device=self.device)
         counts = (self.first_child[1:] - self.first_child[:-1]).long()
         parents = torch.repeat_interleave(nodes, counts, output_size=self.num_nodes - 1)
@@ -167,6 +174,7 @@ class PrefixTrie:
         moved.__dict__.update({k: v for k, v in self.__dict__.items() if not isinstance(v, Tensor)})
         for name in _ARRAYS:
             setattr(moved, name, getattr(self, name).to(device))
+        moved._parent = None
         return moved
 
     def save(self, path: str | os.PathLike[str]) -> None:
