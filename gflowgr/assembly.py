@@ -47,6 +47,7 @@ _TRAINING_DEFAULTS = {
     "logging_steps": 20,
     "warmup_steps": 0.05,
     "report_to": "none",
+    "dataloader_pin_memory": torch.cuda.is_available(),
 }
 
 

@@ -273,6 +273,7 @@ def _train(arguments: argparse.Namespace) -> None:
     from gflowgr import pipeline
     from gflowgr.settings import override, read_yaml
 
+    _hush_transformers()
     settings = override({} if arguments.config is None else read_yaml(arguments.config), arguments.overrides)
     data = settings.get("data") if arguments.data is None else arguments.data
     if data is None:
@@ -309,6 +310,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from gflowgr import pipeline
     from gflowgr.settings import check_keys, override, section
 
+    _hush_transformers()
     settings = override({}, arguments.overrides)
     check_keys(settings, ["training"], "evaluate")
     metrics = pipeline.evaluate(
@@ -354,6 +356,7 @@ def _add_recommend(commands: Any) -> None:
 def _recommend(arguments: argparse.Namespace) -> None:
     from gflowgr import pipeline
 
+    _hush_transformers()
     history, recommended = pipeline.recommend(
         arguments.run_folder,
         arguments.items,
@@ -504,6 +507,13 @@ def _demo(arguments: argparse.Namespace) -> None:
     demo.run(
         Path(arguments.output), short=arguments.short, seed=arguments.seed, overwrite=arguments.overwrite
     )
+
+
+def _hush_transformers() -> None:
+    """Takes away its bars for reading and writing weights, which here last no time."""
+    import transformers
+
+    transformers.logging.disable_progress_bar()
 
 
 def _add_overwrite(parser: argparse.ArgumentParser) -> None:

@@ -355,7 +355,6 @@ class _Demo:
                 "exclude_history": True,
                 "eval_strategy": "steps",
                 "logging_steps": 10,
-                "dataloader_pin_memory": False,
                 "use_cpu": not torch.cuda.is_available(),
             },
         }

@@ -54,6 +54,16 @@ COLLABORATIVE = "collaborative.safetensors"
 LOG = "log.json"
 METRICS = "metrics.json"
 
+# Settings of a trainer that neither trains nor saves, so that nothing of what that needs has to be there.
+_ONLY_RANKING = {
+    "objective": "sft",
+    "flows": "exact",
+    "num_trajectories": 1,
+    "eval_strategy": "no",
+    "save_strategy": "no",
+    "load_best_model_at_end": False,
+}
+
 PathLike: TypeAlias = "str | os.PathLike[str]"
 
 
@@ -471,9 +481,8 @@ def evaluate(
         raise ValueError(f'part needs to be "validation" or "test", got {part!r}')
     path = _run_folder(run)
     settings = read_yaml(path / SETTINGS)
-    # Ranking needs none of what the loss needs.
     kept: dict[str, Any] = {name: settings[name] for name in ("split", "training") if name in settings}
-    plan = Plan.of(merge(kept, {"training": {**training, "objective": "sft", "flows": "exact"}}))
+    plan = Plan.of(merge(kept, {"training": {**training, **_ONLY_RANKING}}))
     folder = DataFolder.load(settings["data"] if data is None else data, tokenized=True)
     recommender = GenerativeRecommender.load(path / CHECKPOINT, folder.semantic_ids)
     trainer = GFlowGRTrainer(recommender, plan.config(path), None)

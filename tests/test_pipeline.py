@@ -1,0 +1,511 @@
+"""The pipeline on a small log: every step's files, their failures, and what a run says afterwards."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import TrainerCallback
+
+from gflowgr import pipeline
+from gflowgr.assembly import SECTIONS, Plan
+from gflowgr.backbones import GenerativeRecommender
+from gflowgr.collaborative import SASRec, SASRecNetwork
+from gflowgr.folders import DataFolder, Items
+from gflowgr.generation import score_all
+from gflowgr.settings import merge, override, read_yaml, to_yaml
+from gflowgr.shared_prefixes import SharedPrefixes
+from gflowgr.trie import PrefixTrie
+
+NUM_ITEMS = 24
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+SMALL: dict[str, Any] = {
+    "split": {"max_history": 6},
+    "model": {"layers": 1, "d_model": 16, "heads": 2},
+    "collaborative": {"model": "item-knn", "progress": False},
+    "training": {
+        "max_steps": 6,
+        "eval_steps": 3,
+        "eval_strategy": "steps",
+        "logging_steps": 1,
+        "per_device_train_batch_size": 8,
+        "disable_tqdm": True,
+        "use_cpu": True,
+    },
+}
+
+
+def a_log() -> pandas.DataFrame:
+    """Users who walk through the catalogue by a fixed stride; ids with gaps, rows in no order."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for user in range(40):
+        start, stride = rng.integers(NUM_ITEMS), rng.choice([1, 5])
+        for step in range(rng.integers(6, 10)):
+            rows.append(
+                (1000 + 3 * user, 2 * int((start + stride * step) % NUM_ITEMS), step, rng.integers(1, 6))
+            )
+    frame = pandas.DataFrame(rows, columns=["user_id", "item_id", "timestamp", "stars"])
+    return frame.sample(frac=1, random_state=0)
+
+
+def an_items_table() -> pandas.DataFrame:
+    words = ["river", "mountain", "forest", "desert"]
+    return pandas.DataFrame(
+        {
+            "item_id": [2 * item for item in reversed(range(NUM_ITEMS))],
+            "title": [f"The {words[item % 4]} no. {item}" for item in reversed(range(NUM_ITEMS))],
+            "kind": [words[item % 4] for item in reversed(range(NUM_ITEMS))],
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    a_log().to_csv(folder / "log.csv", index=False)
+    an_items_table().to_csv(folder / "items.csv", index=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prepared(files: Path) -> Path:
+    pipeline.prepare(
+        files / "log.csv",
+        files / "data",
+        items=files / "items.csv",
+        rating="stars",
+        text=["title", "kind"],
+        k=3,
+    )
+    pipeline.tokenize(files / "data", levels=2, codebook_size=4)
+    return files / "data"
+
+
+@pytest.fixture(scope="module")
+def trained(prepared: Path) -> pipeline.TrainedRun:
+    return pipeline.train(prepared, prepared.parent / "run", SMALL)
+
+
+def names_in(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def test_prepared_items_stand_in_the_order_of_the_log(prepared: Path) -> None:
+    folder = DataFolder.load(prepared)
+    table = an_items_table().set_index("item_id")
+    assert folder.items.titles == [table["title"][item_id] for item_id in folder.log.item_ids]
+    assert folder.items.texts[1] == f"{folder.items.titles[1]} {table['kind'][2]}"
+    assert len(folder.log) == len(a_log())
+    total = a_log()["stars"].sum()
+    assert folder.log.value.sum() == pytest.approx(float(total))
+
+
+def test_prepare_counts_what_it_drops_and_what_has_no_title(tmp_path: Path) -> None:
+    log = pandas.concat(
+        [a_log(), pandas.DataFrame({"user_id": [1], "item_id": [0], "timestamp": [0], "stars": [1]})]
+    )
+    items = an_items_table().iloc[3:]
+    made = pipeline.prepare(log, tmp_path / "data", items=items, k=3)
+    assert (made.dropped_interactions, made.items_without_title) == (1, 3)
+    assert (made.users, made.items, made.interactions) == (40, NUM_ITEMS, len(a_log()))
+    titles = DataFolder.load(tmp_path / "data").items.titles
+    assert sum(title.isdigit() for title in titles) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"user": "usr_id"}, "usr_id.*user_id"),
+        ({"rating": "star"}, "star.*stars"),
+        ({"title": "titel"}, "titel.*title"),
+        ({"text": ["kinds"]}, "kinds.*kind"),
+        ({"k": 1000}, "k_core"),
+        ({"items": "missing.csv"}, "missing.csv"),
+        ({"items": 3}, "int"),
+    ],
+)
+def test_prepare_names_what_is_wrong_and_leaves_nothing(
+    files: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    options: dict[str, Any] = {"items": files / "items.csv", **change}
+    with pytest.raises((ValueError, TypeError, FileNotFoundError), match=message):
+        pipeline.prepare(files / "log.csv", tmp_path / "data", **options)
+    assert names_in(tmp_path) == set()
+
+
+def test_an_item_with_two_rows_is_refused(tmp_path: Path) -> None:
+    items = pandas.concat([an_items_table(), an_items_table().tail(1)])
+    with pytest.raises(ValueError, match="'0' has more than one row"):
+        pipeline.prepare(a_log(), tmp_path / "data", items=items, k=3)
+
+
+def test_items_of_other_ids_are_refused(tmp_path: Path) -> None:
+    items = an_items_table().assign(item_id=lambda frame: frame["item_id"] + 1)
+    with pytest.raises(ValueError, match="no row for any item"):
+        pipeline.prepare(a_log(), tmp_path / "data", items=items, k=3)
+
+
+def test_what_is_there_stays_unless_it_may_go(prepared: Path, tmp_path: Path) -> None:
+    output = tmp_path / "data"
+    shutil.copytree(prepared, output)
+    before = names_in(output)
+    with pytest.raises(ValueError, match="exists already"):
+        pipeline.prepare(a_log(), output, k=3)
+    with pytest.raises(ValueError, match="k_core"):
+        pipeline.prepare(a_log(), output, k=1000, overwrite=True)
+    assert names_in(output) == before
+    pipeline.prepare(a_log(), output, k=3, overwrite=True)
+    assert names_in(tmp_path) == {"data", "data/interactions.parquet", "data/items.parquet"}
+
+
+def test_semantic_ids_and_trie_are_of_one_catalogue(prepared: Path) -> None:
+    folder = DataFolder.load(prepared, tokenized=True)
+    assert folder.semantic_ids is not None
+    trie = PrefixTrie.load(prepared / "trie.safetensors")
+    assert trie.fingerprint == folder.semantic_ids.trie().fingerprint
+    assert trie.item_node.unique().numel() == NUM_ITEMS
+    # The words that tell four kinds apart are what the first codes follow.
+    first = folder.semantic_ids.codes[:, 0]
+    kinds = torch.arange(NUM_ITEMS) % 4
+    assert all(len(first[kinds == kind].unique()) == 1 for kind in range(4))
+
+
+def test_ready_made_codes_by_id_and_in_order(prepared: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(prepared, data)
+    codes = np.stack([np.arange(2 * NUM_ITEMS) // 7, np.arange(2 * NUM_ITEMS) % 7], 1)
+    np.save(tmp_path / "codes.npy", codes.astype(np.int16))
+    np.save(tmp_path / "ordered.npy", codes[::2])
+    with pytest.raises(ValueError, match="already"):
+        pipeline.tokenize(data, codes=tmp_path / "codes.npy")
+    pipeline.tokenize(data, codes=tmp_path / "codes.npy", overwrite=True)
+    by_id = DataFolder.load(data).semantic_ids
+    pipeline.tokenize(data, codes=tmp_path / "ordered.npy", rows="order", overwrite=True)
+    in_order = DataFolder.load(data).semantic_ids
+    assert by_id is not None and in_order is not None
+    assert torch.equal(by_id.codes, torch.from_numpy(codes[::2]))
+    assert torch.equal(in_order.codes, by_id.codes)
+    with pytest.raises(ValueError, match="48 rows, needs 24"):
+        pipeline.tokenize(data, codes=tmp_path / "codes.npy", rows="order", overwrite=True)
+    with pytest.raises(ValueError, match="item 24 has no row"):
+        pipeline.tokenize(data, codes=tmp_path / "ordered.npy", overwrite=True)
+    assert torch.equal(DataFolder.load(data).semantic_ids.codes, by_id.codes)  # type: ignore[union-attr]
+
+
+def test_embeddings_are_quantised_and_collisions_told_apart(prepared: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(prepared, data)
+    points = np.repeat(np.eye(2, dtype=np.float32), 12, axis=0)
+    options: dict[str, Any] = {"embeddings": points, "rows": "order", "levels": 1, "codebook_size": 2}
+    made = pipeline.tokenize(data, **options, overwrite=True)
+    assert (made.colliding_items, made.largest_collision, made.codebook_sizes) == (24, 12, (2, 12))
+    kept = pipeline.tokenize(data, **options, collisions="multiplicity", overwrite=True)
+    assert (kept.codebook_sizes, kept.nodes) == ((2,), 3)
+
+
+def test_tokenize_needs_one_source_of_codes(prepared: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="codes and embeddings"):
+        pipeline.tokenize(prepared, codes="a.npy", embeddings="b.npy", overwrite=True)
+    pipeline.prepare(a_log(), tmp_path / "data", k=3)
+    with pytest.raises(ValueError, match="no text"):
+        pipeline.tokenize(tmp_path / "data")
+    with pytest.raises(FileNotFoundError, match="gflowgr tokenize"):
+        pipeline.train(tmp_path / "data", tmp_path / "run", SMALL)
+    with pytest.raises(FileNotFoundError, match="gflowgr prepare"):
+        pipeline.tokenize(tmp_path / "nothing")
+
+
+def test_a_run_is_whole_and_its_numbers_can_be_had_again(trained: pipeline.TrainedRun) -> None:
+    assert {path.name for path in trained.path.iterdir()} >= {
+        "checkpoint",
+        "config.yaml",
+        "items.parquet",
+        "log.json",
+        "metrics.json",
+    }
+    assert not list(trained.path.glob("checkpoint-*"))
+    assert not list(trained.path.parent.glob("run.partial"))
+    written = json.loads((trained.path / "metrics.json").read_text())
+    assert written["test"] == trained.test.to_dict()
+    again = pipeline.evaluate(trained.path, output=trained.path.parent / "again.json")
+    assert again.summary() == pytest.approx(trained.test.summary(), rel=1e-5, nan_ok=True)
+    assert json.loads((trained.path.parent / "again.json").read_text())["part"] == "test"
+    validation = pipeline.evaluate(trained.path, part="validation")
+    assert validation.summary() == pytest.approx(trained.validation.summary(), rel=1e-5, nan_ok=True)
+
+
+def test_the_best_checkpoint_on_validation_is_kept(trained: pipeline.TrainedRun) -> None:
+    seen = [entry["eval_ndcg@10"] for entry in trained.history if "eval_ndcg@10" in entry]
+    assert len(seen) >= 2
+    assert trained.validation.summary()["ndcg@10"] == pytest.approx(max(seen))
+
+
+def test_evaluate_refuses_another_catalogue(
+    trained: pipeline.TrainedRun, prepared: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "data"
+    shutil.copytree(prepared, other)
+    pipeline.tokenize(other, levels=1, codebook_size=8, overwrite=True)
+    with pytest.raises(ValueError, match="another trie"):
+        pipeline.evaluate(trained.path, other)
+    with pytest.raises(ValueError, match=r"eval_num_beems.*eval_num_beams"):
+        pipeline.evaluate(trained.path, eval_num_beems=3)
+    with pytest.raises(FileNotFoundError, match="gflowgr train"):
+        pipeline.evaluate(tmp_path)
+
+
+def test_recommendations_are_the_most_probable_items(trained: pipeline.TrainedRun) -> None:
+    items = Items.load(trained.path / "items.parquet")
+    history = [3, 8, 13]
+    names = [str(items.ids[3]), items.titles[8], "no. 13"]
+    understood, recommended = pipeline.recommend(
+        trained.path, names, num_items=NUM_ITEMS, num_beams=NUM_ITEMS
+    )
+    assert understood == [items.titles[item] for item in history]
+    model = GenerativeRecommender.load(trained.path / "checkpoint").eval()
+    expected = score_all(model, torch.tensor([history]))[0]
+    order = [item for item in expected.argsort(descending=True).tolist() if item not in history]
+    assert [row.item_id for row in recommended] == [str(items.ids[item]) for item in order]
+    assert [row.probability for row in recommended] == pytest.approx(expected[order].exp().tolist(), rel=1e-4)
+    _, with_seen = pipeline.recommend(
+        trained.path, names, num_items=NUM_ITEMS, num_beams=NUM_ITEMS, exclude_history=False
+    )
+    assert sum(row.probability for row in with_seen) == pytest.approx(1.0, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["the river"], "fits 6 titles"),
+        (["The mountian no. 5"], "nearest titles are 'The mountain no. 5'"),
+        ([""], "neither an id nor a title"),
+        ([], "at least one item"),
+    ],
+)
+def test_recommend_names_an_item_it_does_not_know(
+    trained: pipeline.TrainedRun, names: list[str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        pipeline.recommend(trained.path, names)
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        ("modle.layers=2", "modle.*'model'"),
+        ("model.layer=2", "layer.*'layers'"),
+        ("model.kind=gru", "gru.*decoder"),
+        ("model.kind=checkpoint", "folder"),
+        ("model.lora={rank: 3}", "rank"),
+        ("split.max_histroy=3", "max_histroy.*'max_history'"),
+        ("reward.fussion=sum", "fussion.*'fusion'"),
+        ("reward.terms={likeness: {}}", "likeness"),
+        ("reward.terms={collaborative: {temprature: 2}}", "temprature.*'temperature'"),
+        ("sampler.stratgies=random", "stratgies.*'strategies'"),
+        ("collaborative.model=bert", "bert.*sasrec"),
+        ("collaborative.neighbors=3", "neighbors.*'neighbours'"),
+        ("training.learning_rat=1", "learning_rat.*'learning_rate'"),
+        ("training.objective=dpo", "dpo.*flow_matching"),
+        ("training.output_dir=x", "output_dir"),
+        ("contexts=rows", "rows.*windows"),
+        ("model=3", "model needs keys"),
+    ],
+)
+def test_a_wrong_setting_is_named_and_nothing_is_left(
+    prepared: Path, tmp_path: Path, pair: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        pipeline.train(prepared, tmp_path / "run", override(SMALL, [pair]))
+    assert names_in(tmp_path) == set()
+
+
+class StopAt(TrainerCallback):
+    """A power cut, as far as a trainer can tell."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise RuntimeError("power cut")
+
+
+def test_a_run_cut_off_before_its_first_checkpoint_leaves_nothing(prepared: Path, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="power cut"):
+        pipeline.train(prepared, tmp_path / "run", SMALL, callbacks=[StopAt(2)])
+    assert names_in(tmp_path) == set()
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        pipeline.train(prepared, tmp_path / "run", SMALL, resume=True)
+
+
+def test_a_run_that_was_cut_off_goes_on_as_if_nothing_had_happened(
+    prepared: Path, trained: pipeline.TrainedRun, tmp_path: Path
+) -> None:
+    with pytest.raises(RuntimeError, match="power cut"):
+        pipeline.train(prepared, tmp_path / "run", SMALL, callbacks=[StopAt(5)])
+    assert names_in(tmp_path) & {"run", "run.partial"} == {"run.partial"}
+    with pytest.raises(ValueError, match="interrupted"):
+        pipeline.train(prepared, tmp_path / "run", SMALL)
+    with pytest.raises(ValueError, match="other settings: model"):
+        pipeline.train(prepared, tmp_path / "run", override(SMALL, ["model.layers=2"]), resume=True)
+    resumed = pipeline.train(prepared, tmp_path / "run", SMALL, resume=True)
+    losses = [[entry["loss"] for entry in run.history if "loss" in entry] for run in (trained, resumed)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert resumed.test.summary() == pytest.approx(trained.test.summary(), rel=1e-5, nan_ok=True)
+    assert not (tmp_path / "run.partial").exists()
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        ["training.objective=sft"],
+        ["model={kind: t5, layers: 1, d_model: 16, heads: 2, d_kv: 8, d_ff: 32}"],
+        [
+            "model.lora={r: 2}",
+            "sampler.strategies=random",
+            "sampler.popularity=true",
+            "training.num_trajectories=3",
+        ],
+        [
+            "training.objective=tb",
+            "training.flows=learned",
+            "training.sft_weight=1",
+            "training.num_trajectories=3",
+            "reward.fusion=sum",
+            "reward.terms={interaction: {}, collaborative: {normalisation: unit}, similarity: {}}",
+        ],
+        ["collaborative={model: sasrec, hidden_size: 8, max_history: 6, epochs: 1, progress: false}"],
+    ],
+    ids=["sft", "t5", "lora with drawn trajectories", "the paper's tb", "sasrec on whole histories"],
+)
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_every_kind_of_run_trains(prepared: Path, tmp_path: Path, pairs: list[str]) -> None:
+    settings = override(SMALL, [*pairs, "training.max_steps=2", "training.eval_steps=2"])
+    run = pipeline.train(prepared, tmp_path / "run", settings)
+    assert all(np.isfinite(entry["loss"]) for entry in run.history if "loss" in entry)
+    assert pipeline.evaluate(run.path).summary() == pytest.approx(run.test.summary(), rel=1e-5, nan_ok=True)
+
+
+def test_training_goes_on_from_a_run(prepared: Path, trained: pipeline.TrainedRun, tmp_path: Path) -> None:
+    settings = override(
+        SMALL,
+        [
+            f"model={{kind: checkpoint, folder: {trained.path}}}",
+            "training.learning_rate=0",
+            "training.max_steps=1",
+            "contexts=windows",
+        ],
+    )
+    run = pipeline.train(prepared, tmp_path / "run", settings)
+    assert run.test.summary() == pytest.approx(trained.test.summary(), rel=1e-5, nan_ok=True)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_configs_of_the_repository_hold_no_wrong_key(path: Path) -> None:
+    settings = read_yaml(path)
+    assert settings
+    Plan.of({key: value for key, value in settings.items() if key in SECTIONS})
+    Plan.of(settings)
+
+
+def test_there_are_configs() -> None:
+    assert {path.stem for path in CONFIGS} >= {"sft", "gflowgr", "paper-tb", "t5"}
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 9), max_size=5), min_size=1, max_size=6),
+    st.booleans(),
+)
+def test_shared_prefixes_change_no_score(rows: list[list[int]], growing: bool) -> None:
+    torch.manual_seed(0)
+    model = SASRec(SASRecNetwork(10, 8, 1, 2, 0.3, 6))
+    if growing:
+        rows = [row[:length] for row in rows for length in range(len(row) + 1)]
+    histories = torch.full((len(rows), 6), -1)
+    for number, row in enumerate(rows):
+        histories[number, : len(row)] = torch.tensor(row, dtype=torch.int64)
+    torch.testing.assert_close(
+        SharedPrefixes(model).scores(histories), model.scores(histories), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_shared_prefixes_run_a_growing_history_once() -> None:
+    model = SASRec(SASRecNetwork(10, 8, 1, 2, 0.3, 6))
+    rows_run = []
+    model.network.register_forward_pre_hook(lambda module, inputs: rows_run.append(len(inputs[0])))
+    items = torch.tensor([4, 1, 7, 2])
+    growing = torch.where(torch.arange(4) <= torch.arange(4)[:, None], items, -1)
+    SharedPrefixes(model).scores(torch.cat([growing, growing.flip(1).clamp(min=0)]))
+    assert rows_run == [5]
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(0, 2)), min_size=1, max_size=20))
+def test_the_shape_of_a_trie_is_that_of_its_prefixes(rows: list[tuple[int, int, int]]) -> None:
+    levels = pipeline.inspect_trie(PrefixTrie(np.array(rows)))
+    for depth, level in enumerate(levels):
+        prefixes = {row[:depth] for row in rows}
+        children = [len({row[depth] for row in rows if row[:depth] == prefix}) for prefix in prefixes]
+        assert (level.depth, level.nodes, level.max_children) == (depth, len(prefixes), max(children))
+        assert level.mean_children == pytest.approx(np.mean(children))
+        assert level.forced == pytest.approx(np.mean([count == 1 for count in children]))
+
+
+def test_a_trie_is_built_of_codes(tmp_path: Path) -> None:
+    np.save(tmp_path / "codes.npy", np.array([[0, 1], [0, 2], [3, 0]]))
+    pipeline.build_trie(tmp_path / "codes.npy", tmp_path / "trie.safetensors")
+    assert PrefixTrie.load(tmp_path / "trie.safetensors").num_nodes == 6
+    with pytest.raises(ValueError, match="exists already"):
+        pipeline.build_trie(tmp_path / "codes.npy", tmp_path / "trie.safetensors")
+
+
+def test_overrides_read_values_as_yaml_and_reach_into_sections() -> None:
+    settings = {"a": {"b": 1, "c": 2}, "d": None}
+    pairs = ["a.b=1e-3", "e=[1, 2.5e2]", "f=true", "d.x.y=no", "g=", "h=007x"]
+    changed = override(settings, pairs)
+    assert changed == {
+        "a": {"b": 0.001, "c": 2},
+        "d": {"x": {"y": False}},
+        "e": [1, 250.0],
+        "f": True,
+        "g": None,
+        "h": "007x",
+    }
+    assert settings == {"a": {"b": 1, "c": 2}, "d": None}
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        ("a", "key=value"),
+        ("=1", "key=value"),
+        ("a..b=1", "key=value"),
+        ("a.b.c=1", "a.b is 1"),
+        ("a=[1", "not YAML"),
+    ],
+)
+def test_an_override_that_cannot_be_read_is_named(pair: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        override({"a": {"b": 1}}, [pair])
+
+
+def test_settings_survive_a_file(tmp_path: Path) -> None:
+    settings = merge(SMALL, {"training": {"learning_rate": 1e-5, "report_to": "none"}, "sampler": {"x": {}}})
+    (tmp_path / "config.yaml").write_text(to_yaml(settings))
+    assert read_yaml(tmp_path / "config.yaml") == settings
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    (tmp_path / "broken.yaml").write_text("a: 1\nb: [2\n")
+    (tmp_path / "empty.yaml").write_text("")
+    assert read_yaml(tmp_path / "empty.yaml") == {}
+    with pytest.raises(ValueError, match="needs keys with values"):
+        read_yaml(tmp_path / "list.yaml")
+    with pytest.raises(ValueError, match="not YAML at line 3"):
+        read_yaml(tmp_path / "broken.yaml")
