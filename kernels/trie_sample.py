@@ -59,6 +59,7 @@ def _sample(
         mass = tl.exp((values - peak) / divisor).to(tl.float64)
         possible = mass > 0.0
         mass = tl.where(possible, mass, 0.0)
+        # A parallel scan is not monotonic to the last bit, so a child without mass could seem to reach it.
         reached = possible & (before + tl.cumsum(mass, 0) > target)
         drawn = tl.minimum(drawn, tl.min(tl.where(reached, child, end), 0))
         last_possible = tl.maximum(last_possible, tl.max(tl.where(possible, child, first), 0))

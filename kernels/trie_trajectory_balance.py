@@ -35,7 +35,7 @@ def _trie_balance(
     sums: tl.constexpr = loss.dtype.element_ty
     batch = tl.program_id(0).to(tl.int64)
     path = tokens + batch * steps
-    row = logits + batch * batch_stride
+    offset = batch * batch_stride
     node = tl.load(start + batch)
     total = tl.full((), 0.0, sums)
     padding = node != node
@@ -43,10 +43,10 @@ def _trie_balance(
         wanted = tl.load(path + step)
         padding = padding | (wanted < 0)
         log_prob, node = step_log_prob(
-            row, token_stride, wanted, node, first_child, token, num_nodes, sums, BLOCK
+            logits + offset, token_stride, wanted, node, first_child, token, num_nodes, sums, BLOCK
         )
         total += tl.where(padding, 0.0, log_prob)
-        row += step_stride
+        offset += step_stride
     settle(
         batch,
         batch >= 0,
