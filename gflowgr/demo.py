@@ -65,12 +65,12 @@ class Budget:
     core: int = 5
     history: int = 50
     codes: int = 64
-    layers: int = 3
+    layers: int = 2
     width: int = 64
     rows: int = 16
-    steps: int = 1600
+    steps: int = 1500
     windows: int = 64
-    extra_steps: int = 300
+    extra_steps: int = 200
     sasrec_epochs: int = 30
     evaluations: int = 4
 
@@ -80,7 +80,6 @@ SHORT = Budget(
     core=5,
     history=20,
     codes=16,
-    layers=2,
     width=32,
     steps=60,
     windows=32,
@@ -327,7 +326,6 @@ class _Demo:
         further = budget.extra_steps * budget.windows / self._contexts_of_histories()
         steps = budget.steps + round(further)
         settings = {
-            "model": {"dropout": 0.1},
             "collaborative": {"path": str(self.output / "sasrec.safetensors")},
             "reward": {"weights": {"collaborative": 0.8, "interaction": 0.2}},
             "training": self._from_scratch(steps) | {"objective": "flow_matching"},
@@ -349,7 +347,7 @@ class _Demo:
     def _train(self, name: str, settings: Mapping[str, Any]) -> TrainedRun:
         common = {
             "split": {"max_history": self.budget.history},
-            "model": {"layers": self.budget.layers, "d_model": self.budget.width, "heads": 2, "dropout": 0.2},
+            "model": {"layers": self.budget.layers, "d_model": self.budget.width, "heads": 2, "dropout": 0.1},
             "training": {
                 "seed": self.seed,
                 "exclude_history": True,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 ACCENT, PLAIN, GREY = "#b4460f", "#46607e", "#8a8f98"
 COLOURS = ("#b4460f", "#1f5f99", "#2f7d4f", "#8250a8", "#a07b00", "#4d4d4d")
-NONE, TO = "\N{EN DASH}", " \N{EN DASH} "
+NONE = TO = "\N{EN DASH}"
 LOWER_IS_BETTER = ("gini", "nll")
 STYLE = """
 :root { color-scheme: light; --ink: #1d2126; --soft: #59616b; --line: #dde1e6; --accent: #b4460f; }
@@ -41,10 +41,12 @@ section { background: #fff; border: 1px solid var(--line); border-radius: 10px; 
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .85rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; padding-bottom: .6rem; max-width: 75ch; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr));
+  gap: 0 1.25rem; }
 th, td { padding: .45rem .5rem; border-bottom: 1px solid var(--line); text-align: right;
   vertical-align: top; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
-thead th { border-bottom: 2px solid #b9c0c9; font-weight: 600; }
+thead th { white-space: normal; vertical-align: bottom; border-bottom: 2px solid #b9c0c9; font-weight: 600; }
 tbody th { font-weight: 500; background: #fff; position: sticky; left: 0; }
 tbody tr.subject th, tbody tr.subject td { background: #fdf4ee; }
 td small { display: block; color: var(--soft); font-size: .72rem; font-weight: 400; }
@@ -248,7 +250,7 @@ def _lead(report: Report) -> str:
 def _gain(report: Report) -> str:
     control = next(c for c in report.comparisons if c.other == report.control)
     base = report.row(report.control).metrics[report.metric].value
-    percent = f", {control.mean / base:+.0%}" if base else ""
+    percent = f", {control.mean / base:+.0%}".replace("-", "\N{MINUS SIGN}") if base else ""
     what = f"Over {report.control}, which had the same budget, it "
     if control.low > 0:
         what += "gains"
@@ -272,9 +274,8 @@ def render(report: Report) -> str:
         _verdict_section(report),
         _results_section(report),
         _charts_section(report),
-        _mass_section(report),
+        f'<div class="pair">{_mass_section(report)}{_time_section(report)}</div>',
         _examples_section(report),
-        _time_section(report),
         _reading_section(report),
         _settings_section(report),
         "</main>\n</body>\n</html>\n",
@@ -289,7 +290,7 @@ def _verdict_section(report: Report) -> str:
 
 def _results_section(report: Report) -> str:
     names = list(dict.fromkeys(name for row in report.rows for name in row.metrics))
-    head = "".join(f'<th scope="col">{escape(_metric_name(name))} {_arrow(name)}</th>' for name in names)
+    head = "".join(f'<th scope="col">{_metric_heading(name)} {_arrow(name)}</th>' for name in names)
     head += '<th scope="col">contexts seen</th><th scope="col">seconds</th>'
     body = []
     for row in report.rows:
@@ -302,21 +303,32 @@ def _results_section(report: Report) -> str:
         subject = ' class="subject"' if row.name == report.subject else ""
         body.append(f'<tr{subject}><th scope="row">{escape(row.name)}</th>{cells}</tr>')
     described = "".join(f"<dt>{escape(r.name)}</dt><dd>{escape(r.description)}</dd>" for r in report.rows)
-    metric = _metric_name(report.metric)
-    whiskers = _figure(
-        _whiskers({row.name: row.metrics[report.metric] for row in report.rows}, report.subject, report),
-        f"{metric} of each model with its interval",
-        f"{metric} on the test users; the line is the {report.level:.0%} bootstrap interval.",
-    )
+    whiskers = "".join(_whisker_figure(report, name) for name in _headline_metrics(report, names))
     return (
         "<section><h2>Results</h2>"
-        f'{whiskers}<div class="scroll" tabindex="0" role="region" aria-label="Results table">'
+        f'<div class="plots">{whiskers}</div>'
+        '<div class="scroll" tabindex="0" role="region" aria-label="Results table">'
         f'<table id="results"><caption>Test users. Below each mean its {report.level:.0%} bootstrap '
-        "interval; "
-        "the best value is bold; arrows say which way is better.</caption>"
+        "interval; the best value is bold; arrows say which way is better.</caption>"
         f'<thead><tr><th scope="col">model</th>{head}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table></div>"
         f"<details><summary>What each model is</summary><dl>{described}</dl></details></section>"
+    )
+
+
+def _headline_metrics(report: Report, names: Sequence[str]) -> list[str]:
+    """The metric that decides, and recall at the same cut-off beside it."""
+    recall = "recall@" + report.metric.partition("@")[2]
+    return [report.metric, recall] if recall in names and recall != report.metric else [report.metric]
+
+
+def _whisker_figure(report: Report, name: str) -> str:
+    estimates = {row.name: row.metrics[name] for row in report.rows if name in row.metrics}
+    metric = _metric_name(name)
+    return _figure(
+        _whiskers(estimates, report.subject, metric),
+        f"{metric} of each model with its interval",
+        f"{metric} on the test users; the line is the {report.level:.0%} bootstrap interval.",
     )
 
 
@@ -329,7 +341,7 @@ def _metric_cell(report: Report, row: Row, name: str) -> str:
     best = min(values) if _lower_is_better(name) else max(values)
     small = ""
     if estimate.low is not None and estimate.high is not None:
-        small = f"<small>{_number(estimate.low)}{TO}{_number(estimate.high)}</small>"
+        small = f"<small>{_brief(estimate.low)}{TO}{_brief(estimate.high)}</small>"
     marked = ' class="best"' if estimate.value == best else ""
     return f"<td{marked}>{_number(estimate.value)}{small}</td>"
 
@@ -452,8 +464,8 @@ def _axes(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _whiskers(estimates: Mapping[str, Estimate], subject: str, report: Report) -> Figure:
-    figure, axes = _axes(7.2, 0.6 + 0.33 * len(estimates))
+def _whiskers(estimates: Mapping[str, Estimate], subject: str, metric: str) -> Figure:
+    figure, axes = _axes(4.9, 0.7 + 0.3 * len(estimates))
     for place, (name, estimate) in enumerate(estimates.items()):
         colour = ACCENT if name == subject else PLAIN
         if estimate.low is not None and estimate.high is not None:
@@ -463,7 +475,7 @@ def _whiskers(estimates: Mapping[str, Estimate], subject: str, report: Report) -
     _name_rows(axes, list(estimates))
     axes.set_xlim(left=0)
     axes.grid(axis="x", color="#eceef1")
-    axes.set_xlabel(_metric_name(report.metric))
+    axes.set_xlabel(metric)
     return figure
 
 
@@ -490,7 +502,7 @@ def _lines(chart: Chart, colours: Mapping[str, str]) -> Figure:
 
 
 def _bars(mass: Mapping[str, Estimate]) -> Figure:
-    figure, axes = _axes(7.2, 0.6 + 0.33 * len(mass))
+    figure, axes = _axes(4.9, 0.7 + 0.3 * len(mass))
     widest = max(estimate.value or 0.0 for estimate in mass.values()) or 1.0
     for place, estimate in enumerate(mass.values()):
         value = estimate.value or 0.0
@@ -507,7 +519,7 @@ def _bars(mass: Mapping[str, Estimate]) -> Figure:
 
 
 def _stacked(shares: Mapping[str, Mapping[str, float]]) -> Figure:
-    figure, axes = _axes(7.2, 1.0 + 0.36 * len(shares))
+    figure, axes = _axes(4.9, 1.3 + 0.32 * len(shares))
     parts = list(dict.fromkeys(part for row in shares.values() for part in row))
     left = dict.fromkeys(shares, 0.0)
     for colour, part in zip((PLAIN, "#7fa3c7", ACCENT, "#e3a57f", "#c9ced6", GREY), parts, strict=False):
@@ -517,7 +529,7 @@ def _stacked(shares: Mapping[str, Mapping[str, float]]) -> Figure:
     _name_rows(axes, list(shares))
     axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter(lambda value, _: _percent(value))
-    figure.legend(loc="outside lower center", ncols=len(parts), frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return figure
 
 
@@ -529,6 +541,11 @@ def _metric_name(name: str) -> str:
     upper = {"ndcg": "NDCG", "nll": "NLL"}
     word, at, k = name.partition("@")
     return upper.get(word, word.capitalize()) + at + k
+
+
+def _metric_heading(name: str) -> str:
+    """The name, which may break before its cut-off."""
+    return escape(_metric_name(name)).replace("@", "<wbr>@")
 
 
 def _lower_is_better(name: str) -> bool:
@@ -547,6 +564,12 @@ def _number(value: float | None) -> str:
     if abs(value) >= 2:
         return f"{value:.2f}"
     return f"{value:.4f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.3f}"
+
+
+def _brief(value: float) -> str:
+    if abs(value) >= 2:
+        return f"{value:.2f}"
+    return f"{value:.3f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.2f}"
 
 
 def _signed(value: float) -> str:
