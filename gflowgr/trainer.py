@@ -75,6 +75,17 @@ class PolicyWithRewards(nn.Module):
         yield
         self.seconds[name] += time.perf_counter() - began
 
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Recomputes the recommender's activations in the backward pass; arguments as transformers'."""
+        self.recommender.activation_checkpointing_enable(*args, **kwargs)
+
+    def activation_checkpointing_disable(self) -> None:
+        self.recommender.activation_checkpointing_disable()
+
+    # The older names of the same, by which older trainers ask for them.
+    gradient_checkpointing_enable = GenerativeRecommender.gradient_checkpointing_enable
+    gradient_checkpointing_disable = GenerativeRecommender.gradient_checkpointing_disable
+
     def forward(self, contexts: ContextBatch) -> dict[str, Any]:
         trie = self.recommender.trie
         with self.clock("forward"):

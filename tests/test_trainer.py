@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -128,6 +129,22 @@ def test_a_killed_run_resumes_to_the_same_losses(tmp_path, settings) -> None:
     assert fixtures.losses(resumed) == pytest.approx(fixtures.losses(whole), rel=1e-5)
     for a, b in zip(resumed.policy.parameters(), whole.policy.parameters(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backbone", ["decoder", "t5"])
+def test_recomputed_activations_change_no_loss(tmp_path, backbone) -> None:
+    curves = []
+    known = {setting.name for setting in dataclasses.fields(GFlowGRConfig)}
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    for recompute in (False, True):
+        run = fixtures.trainer(
+            tmp_path, backbone=backbone, max_steps=3, **({name: True} if recompute else {})
+        )
+        run.train()
+        curves.append(fixtures.losses(run))
+        checkpointed = any(getattr(m, "gradient_checkpointing", False) for m in run.policy.modules())
+        assert checkpointed == recompute
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
 
 
 @pytest.mark.slow
