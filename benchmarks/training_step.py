@@ -2,8 +2,9 @@
 
     python benchmarks/training_step.py --backbone t5 --batch 64 --threads 2
 
-The model is the T5 of TIGER and LETTER (4 + 4 layers, d_model 128) or a decoder of the same width; the catalogue
-is shaped like Amazon Beauty's unless `--codes` names a file. A step is draw, forward, loss, backward, optimiser.
+The model is the T5 of TIGER and LETTER (4 + 4 layers, d_model 128) or a decoder of the same width; the
+catalogue is shaped like Amazon Beauty's unless `--codes` names a file. A step is draw, forward, loss, backward
+and optimiser.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def trainer_of(
     return GFlowGRTrainer(
         build(semantic_ids),
         GFlowGRConfig(
-            tempfile.mkdtemp(), report_to="none", use_cpu=not torch.cuda.is_available(), logging_steps=10**6, **settings
+            tempfile.mkdtemp(), report_to="none", use_cpu=not torch.cuda.is_available(), **settings
         ),
         examples(items, options.batch, 20),
         reward_model=None if supervised else RewardModel(
@@ -69,7 +70,9 @@ def trainer_of(
              "similarity": SimilarityReward(semantic_ids.codes)},
             num_items=items,
         ),
-        sampler=TrajectorySampler(items, num_trajectories=trajectories) if settings["num_trajectories"] > 1 else None,
+        sampler=None if settings["num_trajectories"] == 1 else TrajectorySampler(
+            items, num_trajectories=trajectories
+        ),
         collaborative=None if supervised else teacher,
     )  # fmt: skip
 
@@ -121,16 +124,14 @@ def main() -> None:
             seconds = run.step()
             if round_number:
                 times[case].append(seconds)
-    print(
-        f"{options.backbone}, {options.batch} contexts, {semantic_ids.num_items} items, {options.threads} threads"
-    )
+    setting = f"{options.backbone}, {options.batch} contexts, {semantic_ids.num_items} items"
+    print(f"{setting}, {options.threads} threads")
     print(f"{'recipe':<16} {'N':>2} {'median ms':>10} {'p20':>8} {'p80':>8} {'x SFT':>6}")
     base = float(np.median(times["sft", 1]))
     for (recipe, n), seconds in times.items():
         low, middle, high = np.quantile(seconds, [0.2, 0.5, 0.8])
-        print(
-            f"{recipe:<16} {n:>2} {middle * 1e3:>10.0f} {low * 1e3:>8.0f} {high * 1e3:>8.0f} {middle / base:>6.2f}"
-        )
+        figures = f"{middle * 1e3:>10.0f} {low * 1e3:>8.0f} {high * 1e3:>8.0f} {middle / base:>6.2f}"
+        print(f"{recipe:<16} {n:>2} {figures}")
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ class GFlowGRConfig(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Keep: the batch is read by name."})
     learning_rate: float = field(default=1e-3, metadata={"help": "The initial learning rate."})
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "The learning rate's schedule."})  # type: ignore[assignment]
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "The learning rate's schedule."})
     per_device_train_batch_size: int = field(default=256, metadata={"help": "Contexts a step and device."})
     per_device_eval_batch_size: int = field(
         default=256, metadata={"help": "Users a batch of the evaluation."}

@@ -6,6 +6,7 @@ A trie argument is anything with the attributes `first_child`, `token`, `max_chi
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -150,7 +151,7 @@ def trie_log_flows(log_rewards: Tensor, trie: ItemTrie) -> Tensor:
     values = log_rewards.to(accumulation_dtype(log_rewards.dtype))
     flows = _log_sum_into(values, trie.item_node.long(), trie.parent.numel())
     offsets = trie.level_offsets
-    for begin, end in reversed(list(zip(offsets[1:-1], offsets[2:], strict=True))):
+    for begin, end in reversed(list(pairwise(offsets[1:]))):
         arriving = _log_sum_into(flows[..., begin:end], trie.parent[begin:end].long(), flows.shape[-1])
         flows = torch.logaddexp(flows, arriving)
     return flows
@@ -174,7 +175,9 @@ def _masked(log_probs: Tensor, mask: Tensor | None) -> Tensor:
 def reduce(per_trajectory: Tensor, weights: Tensor | None, reduction: str) -> Tensor:
     """`weights * loss`, then the mean, the sum, or as it is."""
     weighted = per_trajectory if weights is None else weights.detach() * per_trajectory
-    return {"mean": weighted.mean, "sum": weighted.sum, "none": lambda: weighted}[reduction]()
+    if reduction == "none":
+        return weighted
+    return weighted.mean() if reduction == "mean" else weighted.sum()
 
 
 def trajectory_balance_residual(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerControl
 
 from gflowgr import generation, ops
 from gflowgr.backbones import GenerativeRecommender
@@ -199,7 +199,8 @@ class GFlowGRTrainer(Trainer):
     @property
     def policy(self) -> PolicyWithRewards:
         """The module under whatever wraps it."""
-        return self.accelerator.unwrap_model(self.model)  # type: ignore[no-any-return]
+        unwrapped: PolicyWithRewards = self.accelerator.unwrap_model(self.model)
+        return unwrapped
 
     def compute_loss(
         self,
@@ -363,7 +364,9 @@ class GFlowGRTrainer(Trainer):
         metrics[f"{metric_key_prefix}_users_per_second"] = len(dataset) / (time.perf_counter() - began)
         self._timer += time.perf_counter() - began
         self.log({name: value for name, value in metrics.items() if math.isfinite(value)})
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: TrainerControl = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
         return metrics
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:

@@ -37,7 +37,8 @@ def trie_walk(tokens: Tensor, start: Tensor, first_child: Tensor, token: Tensor)
         _trie(first_child, token),
         tokens.data_ptr(),
         start.data_ptr(),
-        *tokens.shape,
+        tokens.shape[0],
+        tokens.shape[1],
         nodes.data_ptr(),
         torch.get_num_threads(),
     )
@@ -164,7 +165,8 @@ def trajectory_balance(
         _DTYPES[log_probs.dtype],
         log_probs.data_ptr(),
         _address(mask),
-        *log_probs.shape,
+        log_probs.shape[0],
+        log_probs.shape[1],
         (log_rewards.data_ptr(), log_z.data_ptr(), _address(weights), loss.data_ptr(), residual.data_ptr()),
     )
     return loss, residual
@@ -173,12 +175,13 @@ def trajectory_balance(
 def trajectory_balance_backward(grad_residual: Tensor, mask: Tensor | None, steps: int) -> Tensor:
     grad_residual = grad_residual.contiguous()
     mask = None if mask is None else mask.contiguous()
-    grad_log_probs = torch.empty(*grad_residual.shape, steps, dtype=grad_residual.dtype)
+    grad_log_probs = torch.empty(grad_residual.shape[0], steps, dtype=grad_residual.dtype)
     _core.trajectory_balance_backward(
         _DTYPES[grad_residual.dtype],
         grad_residual.data_ptr(),
         _address(mask),
-        *grad_log_probs.shape,
+        grad_residual.shape[0],
+        steps,
         grad_log_probs.data_ptr(),
     )
     return grad_log_probs

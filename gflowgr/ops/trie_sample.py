@@ -56,7 +56,7 @@ def trie_sample(
         raise ValueError(f"generator is of {generator.device}, needs {logits.device} like logits")
     backend = resolve_backend(backend, "trie_sample", logits.device)
     # The compiler knows no torch.rand that takes both a generator, even None, and a shape of any size.
-    source = {} if generator is None else {"generator": generator}
+    source: dict[str, Any] = {} if generator is None else {"generator": generator}
     uniform = torch.rand(nodes.shape, device=logits.device, dtype=torch.float64, **source)
     if backend == "torch":
         return reference.trie_sample(logits, nodes, trie, uniform, temperature)

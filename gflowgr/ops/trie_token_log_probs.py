@@ -147,7 +147,7 @@ def _sliced_head(
     base, size = min(lowest), max(highest) + 1 - min(lowest)
     weight = weight.narrow(0, base, size)
     bias = None if bias is None else bias.narrow(0, base, size)
-    log_probs = []
+    log_probs: list[Tensor] = []
     for depth in range(tokens.shape[1]):
         if depth >= len(lowest):
             log_probs.append(torch.where(padding[:, depth], 0.0, -torch.inf).to(log_probs[0].dtype))
