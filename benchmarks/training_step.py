@@ -2,9 +2,9 @@
 
     python benchmarks/training_step.py --backbone t5 --batch 64 --threads 2
 
-The model is the T5 of TIGER and LETTER (4 + 4 layers, d_model 128) or a decoder of the same width; the
-catalogue is shaped like Amazon Beauty's unless `--codes` names a file. A step is draw, forward, loss, backward
-and optimiser.
+The model is the T5 of TIGER and LETTER (4 + 4 layers, d_model 128) or a decoder of its width; the catalogue
+is shaped like Amazon Beauty's unless `--codes` names a file. A step is draw, forward, loss, backward and
+optimiser.
 """
 
 from __future__ import annotations
