@@ -334,7 +334,7 @@ def train(
         output: the folder to make: checkpoint, config.yaml, log.json, metrics.json, items.parquet.
         settings: sections as in `gflowgr.assembly.Plan`; nothing for the defaults.
         resume: whether to go on with a run that was interrupted.
-        overwrite: whether a run that is there may be replaced.
+        overwrite: whether a run that is there, whole or interrupted, may be replaced.
         callbacks: of transformers' trainer, whose own printing they replace where there are any.
 
     Raises:
@@ -358,6 +358,8 @@ def train(
     transformers.set_seed(config.seed)
     recommender = plan.build_model(folder.semantic_ids, config.seed)
     reward, sampler = plan.build_reward(folder.semantic_ids), plan.build_sampler(parts, config)
+    if overwrite and not resume:
+        remove(partial)
     checkpoint = _open_partial(partial, settings, resume)
     try:
         began = time.perf_counter()
@@ -400,7 +402,7 @@ def _open_partial(partial: Path, settings: Mapping[str, Any], resume: bool) -> P
 
     if not resume:
         if partial.exists():
-            raise ValueError(f"{partial} holds an interrupted run; resume it, or remove it")
+            raise ValueError(f"{partial} holds an interrupted run; resume it, or allow to overwrite it")
         partial.mkdir(parents=True)
         write_text(partial / SETTINGS, to_yaml(settings))
         return None

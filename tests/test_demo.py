@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gflowgr import demo, pipeline
-from gflowgr.demo import CONTINUED, OURS, SFT, TB
+from gflowgr.demo_report import CONTINUED, OURS, SFT, TB
 from gflowgr.folders import DataFolder
 from gflowgr.metrics import bootstrap_interval
 

@@ -347,6 +347,14 @@ def test_a_run_cut_off_before_its_first_checkpoint_leaves_nothing(prepared: Path
         pipeline.train(prepared, tmp_path / "run", SMALL, resume=True)
 
 
+def test_an_interrupted_run_may_be_overwritten(prepared: Path, tmp_path: Path) -> None:
+    settings = override(SMALL, ["training.max_steps=4", "training.eval_steps=2"])
+    with pytest.raises(RuntimeError, match="power cut"):
+        pipeline.train(prepared, tmp_path / "run", settings, callbacks=[StopAt(3)])
+    pipeline.train(prepared, tmp_path / "run", settings, overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
+
+
 def test_a_run_that_was_cut_off_goes_on_as_if_nothing_had_happened(
     prepared: Path, trained: pipeline.TrainedRun, tmp_path: Path
 ) -> None:
