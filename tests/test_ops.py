@@ -111,6 +111,27 @@ def test_token_log_probs(backend: str) -> None:
     for_all(st.tuples(worlds, path_shapes, floats, layouts, st.booleans()), backend, check)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("backend", [b for b in backends("trie_token_log_probs") if b.values[0] != "torch"])
+def test_columns_may_begin_at_another_token(backend: str, layout: str) -> None:
+    """What the level-sliced head hands over: column c of the logits is token first_token + c."""
+    device = device_of(backend)
+    trie = PrefixTrie([[13, 17], [14, 17], [15, 13], [15, 16]]).to(device)
+    tokens = torch.tensor([[13, 17], [15, 16], [15, 13]], device=device)
+    start = torch.zeros(3, dtype=torch.int64, device=device)
+    full = laid_out(torch.randn(3, 2, 20, device=device, dtype=torch.float64), layout)
+    sliced = laid_out(full[..., 13:18].clone(), layout)
+    results = []
+    for logits, first_token in ((full, 0), (sliced, 13)):
+        leaf = logits.detach().requires_grad_()
+        arguments = (trie.first_child, trie.token, trie.max_children, first_token, backend)
+        log_probs = torch.ops.gflowgr.trie_token_log_probs(leaf, tokens, start, *arguments)
+        log_probs.backward(torch.tensor([1.0, -2.0], device=device, dtype=torch.float64).expand(3, 2))
+        results.append((log_probs.detach(), leaf.grad))
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=0, atol=0)
+    torch.testing.assert_close(results[1][1], results[0][1][..., 13:18], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("backend", backends("trie_token_log_probs"))
 def test_an_int_start_serves_every_row(backend: str) -> None:
     device = device_of(backend)
