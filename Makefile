@@ -20,7 +20,7 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 venv: $(VENV)/.installed-$(EXTRA)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "slow or not slow" --numprocesses $(JOBS) $(TESTFLAGS)
+	$(BIN)/python -m pytest -rs -m "slow or not slow" --numprocesses $(JOBS) $(TESTFLAGS)
 
 demo: $(VENV)/.installed-test
 	$(BIN)/gflowgr demo --output demo-output
