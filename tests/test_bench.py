@@ -53,6 +53,10 @@ def problem(codes: str, op: str, dtype: str = "float32", seed: int = 0) -> tuple
     return job.case, bench.problem_of(job, planned.device, seed)
 
 
+def check(case: bench.Case, call: bench.Call, given: bench.Problem, inputs: bench.Inputs) -> None:
+    bench.check(case, call, given, inputs, bench.expected(case, given, inputs))
+
+
 def rows_of(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
@@ -182,10 +186,10 @@ def test_a_result_or_a_gradient_off_by_a_hundredth_is_refused(
 ) -> None:
     case, given = problem(codes, op)
     inputs = case.inputs(given)
-    bench.check(case, case.candidate, given, inputs)
+    check(case, case.candidate, given, inputs)
     message = "the result is off" if spoil is shifted else "the gradient of .* is off"
     with pytest.raises(bench.WrongResultError, match=message):
-        bench.check(case, lambda p, x: spoil(case.candidate(p, x)), given, inputs)
+        check(case, lambda p, x: spoil(case.candidate(p, x)), given, inputs)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +207,7 @@ def test_results_that_are_not_even_close_are_refused(
 ) -> None:
     case, given = problem(codes, "trie_log_softmax")
     with pytest.raises(bench.WrongResultError, match=message):
-        bench.check(case, lambda p, x: spoil(case.candidate(p, x)), given, case.inputs(given))
+        check(case, lambda p, x: spoil(case.candidate(p, x)), given, case.inputs(given))
 
 
 def first_child(p: bench.Problem, x: bench.Inputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -216,9 +220,9 @@ def first_child(p: bench.Problem, x: bench.Inputs) -> tuple[Tensor, Tensor, Tens
 def test_a_sampler_of_another_distribution_is_refused(codes: str) -> None:
     case, given = problem(codes, "trie_sample")
     inputs = case.inputs(given)
-    bench.check(case, case.candidate, given, inputs)
+    check(case, case.candidate, given, inputs)
     with pytest.raises(bench.WrongResultError, match="of the draws are"):
-        bench.check(case, first_child, given, inputs)
+        check(case, first_child, given, inputs)
 
 
 @pytest.mark.parametrize(
@@ -234,13 +238,13 @@ def test_draws_with_a_wrong_token_node_or_log_prob_are_refused(
 ) -> None:
     case, given = problem(codes, "trie_sample")
     with pytest.raises(bench.WrongResultError, match=message):
-        bench.check(case, lambda p, x: spoil(*case.candidate(p, x)), given, case.inputs(given))
+        check(case, lambda p, x: spoil(*case.candidate(p, x)), given, case.inputs(given))
 
 
 def test_a_trie_with_another_array_is_refused(codes: str) -> None:
     case, given = problem(codes, "trie_build")
     inputs = case.inputs(given)
-    bench.check(case, case.candidate, given, inputs)
+    check(case, case.candidate, given, inputs)
 
     def wrong(p: bench.Problem, x: bench.Inputs) -> PrefixTrie:
         trie = PrefixTrie(x["sequences"])
@@ -248,7 +252,7 @@ def test_a_trie_with_another_array_is_refused(codes: str) -> None:
         return trie
 
     with pytest.raises(bench.WrongResultError, match="item_order"):
-        bench.check(case, wrong, given, inputs)
+        check(case, wrong, given, inputs)
 
 
 def test_a_wrong_op_is_refused_and_the_rest_measured(
