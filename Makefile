@@ -23,7 +23,7 @@ test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -rs -m "slow or not slow" --numprocesses $(JOBS) $(TESTFLAGS)
 
 demo: $(VENV)/.installed-test
-	$(BIN)/gflowgr demo --output demo-output
+	$(BIN)/gflowgr demo --output demo-output --overwrite
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
