@@ -106,7 +106,11 @@ def test_token_log_probs(backend: str) -> None:
                 for t, value in enumerate(exact)
             ]
             yardstick = [value if math.isfinite(value) else 0.0 for value in yardstick]
-            assert_close(ours[row], exact, torch.tensor(yardstick).double() if 0.0 not in exact else None)
+            assert_close(ours[row], exact, torch.tensor(yardstick).double())
+            # Forced and padded steps, whatever their logits.
+            assert all(
+                value == 0.0 for value, wanted in zip(ours[row].tolist(), exact, strict=True) if wanted == 0
+            )
 
     for_all(st.tuples(worlds, path_shapes, floats, layouts, st.booleans()), backend, check)
 
