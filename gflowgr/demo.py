@@ -416,7 +416,7 @@ class _Demo:
             + (self.entries["SASRec"].seconds if teacher else 0.0),
             recommend=recommend,
             history=trained.history,
-            contexts_a_step=contexts_a_step,
+            steps_before=self.budget.steps if on is not None else 0,
         )
         self._say_result(name)
 

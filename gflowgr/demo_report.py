@@ -61,7 +61,7 @@ class Entry:
     builds_on: float = 0.0
     recommend: Callable[[Tensor], Tensor] | None = None
     history: list[dict[str, float]] = field(default_factory=list)
-    contexts_a_step: float = 0.0
+    steps_before: int = 0
 
 
 @dataclass
@@ -149,15 +149,14 @@ class Findings:
         for key, title in titles.items():
             lines = {}
             for name, entry in self.entries.items():
-                seen_before = (entry.contexts or 0) - entry.contexts_a_step * _last_step(entry.history)
                 points = [
-                    ((seen_before + step["step"] * entry.contexts_a_step) / 1e6, step[key])
-                    for step in entry.history
-                    if key in step
+                    (entry.steps_before + step["step"], step[key]) for step in entry.history if key in step
                 ]
                 if points:
                     lines[name] = points if key.startswith("eval") else _smoothed(points)
-            charts.append(Chart(title, "training contexts seen, millions", title.split(" of ")[0], lines))
+            charts.append(
+                Chart(title, "training steps, those gone on from included", title.split(" of ")[0], lines)
+            )
         return charts
 
     def _mass(self) -> dict[str, Estimate]:
@@ -276,10 +275,6 @@ def _first_five(entry: Entry, history: Tensor) -> list[int]:
     return entry.recommend(history)[0, :5].tolist()
 
 
-def _last_step(history: list[dict[str, float]]) -> float:
-    return max((step["step"] for step in history), default=0)
-
-
 def _smoothed(points: list[tuple[float, float]], width: int = 5) -> list[tuple[float, float]]:
     """Means of `width` neighbouring points; a single batch's loss says little."""
     groups = [points[i : i + width] for i in range(0, len(points), width)]
@@ -294,8 +289,7 @@ def _time_shares(history: list[dict[str, float]]) -> dict[str, float]:
     shares = {}
     for key, name in names.items():
         values = [step[f"time_share/{key}"] for step in history if f"time_share/{key}" in step]
-        if values:
-            shares[name] = float(np.mean(values))
+        shares[name] = float(np.mean(values)) if values else 0.0
     return shares | {"backward, optimiser and rest": 1.0 - sum(shares.values())}
 
 

@@ -40,7 +40,9 @@ section { background: #fff; border: 1px solid var(--line); border-radius: 10px; 
 .verdict p:last-child { margin-bottom: 0; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .85rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; padding-bottom: .6rem; max-width: 75ch; }
+caption { text-align: left; padding-bottom: .6rem; }
+caption span { display: block; max-width: min(75ch, calc(100vw - 4.2rem)); position: sticky; left: 0; }
+section > figure:last-child { margin: 0; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr));
   gap: 0 1.25rem; }
 th, td { padding: .45rem .5rem; border-bottom: 1px solid var(--line); text-align: right;
@@ -65,7 +67,7 @@ ol, ul { margin: 0; padding-left: 1.4rem; }
 .hit { background: #dff2e1; border-radius: 4px; padding: 0 .3rem; margin-left: -.3rem; font-weight: 600; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1rem; margin: 0; font-size: .9rem; }
 dt { font-weight: 600; } dd { margin: 0; overflow-wrap: anywhere; }
-details + details { margin-top: .75rem; }
+details { margin-top: .75rem; }
 summary { cursor: pointer; font-weight: 600; }
 @media (max-width: 560px) {
   body { padding: 1.1rem .75rem 3rem; }
@@ -308,8 +310,8 @@ def _results_section(report: Report) -> str:
         "<section><h2>Results</h2>"
         f'<div class="plots">{whiskers}</div>'
         '<div class="scroll" tabindex="0" role="region" aria-label="Results table">'
-        f'<table id="results"><caption>Test users. Below each mean its {report.level:.0%} bootstrap '
-        "interval; the best value is bold; arrows say which way is better.</caption>"
+        f'<table id="results"><caption><span>Test users. Below each mean its {report.level:.0%} bootstrap '
+        "interval; the best value is bold; arrows say which way is better.</span></caption>"
         f'<thead><tr><th scope="col">model</th>{head}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table></div>"
         f"<details><summary>What each model is</summary><dl>{described}</dl></details></section>"
@@ -512,7 +514,7 @@ def _bars(mass: Mapping[str, Estimate]) -> Figure:
             axes.plot([estimate.low, estimate.high], [place, place], color="#1d2126", linewidth=1)
         axes.text(end + widest * 0.015, place, _percent(value), va="center", fontsize=9, color="#1d2126")
     _name_rows(axes, list(mass))
-    axes.xaxis.set_major_formatter(lambda value, _: _percent(value))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
     axes.grid(axis="x", color="#eceef1")
     axes.set_xlabel("share of the context's reward")
     return figure
@@ -528,7 +530,7 @@ def _stacked(shares: Mapping[str, Mapping[str, float]]) -> Figure:
         left = {name: left[name] + width for name, width in zip(left, widths, strict=True)}
     _name_rows(axes, list(shares))
     axes.set_xlim(0, 1)
-    axes.xaxis.set_major_formatter(lambda value, _: _percent(value))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return figure
 
