@@ -7,7 +7,7 @@
 
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__has_attribute)
 #if __has_attribute(target_clones)
-#define GFLOWGR_DISPATCHED __attribute__((target_clones("default", "arch=haswell", "arch=skylake-avx512")))
+#define GFLOWGR_DISPATCHED __attribute__((target_clones("default", "avx2", "avx512f")))
 #endif
 #endif
 #ifndef GFLOWGR_DISPATCHED
