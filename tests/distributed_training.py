@@ -24,6 +24,8 @@ def main(folder: str, batch: int, output: str) -> None:
     run.train()
     if run.args.process_index == 0:
         Path(output).write_text(json.dumps(fixtures.losses(run)))
+    # Threads of a process group that nobody ends can bring the process down on its way out.
+    run.accelerator.end_training()
 
 
 if __name__ == "__main__":
