@@ -118,10 +118,19 @@ def trie_linear_token_log_probs(
     trie: Trie,
     bias: Tensor | None,
     start: Tensor,
+    first_token: int = 0,
+    scale: float = 1.0,
+    softcap: float | None = None,
 ) -> Tensor:
     """The same from hidden states and the head's rows: (..., T, D), (V, D), (..., T) -> (..., T)."""
-    logits = F.linear(hidden, weight, bias)
-    return trie_token_log_probs(logits, tokens, trie, start)
+    logits = scaled_and_capped(F.linear(hidden, weight, bias), scale, softcap)
+    return trie_token_log_probs(logits, tokens, trie, start, first_token)
+
+
+def scaled_and_capped(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """What some heads do to their product: c * tanh(scale * logits / c)."""
+    logits = logits if scale == 1 else logits * scale
+    return logits if softcap is None else softcap * (logits / softcap).tanh()
 
 
 def trie_sample(

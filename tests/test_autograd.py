@@ -84,10 +84,11 @@ def linear_case(
 ) -> Any:
     trie, tokens = world.trie(device), world.tokens(shape).to(device)
     inputs = [world.normals(size, 1.0) for size in ((*shape, 4), (world.width, 4), (world.width,))]
+    head = {"scale": 0.5 if world.seed % 2 else 1.0, "softcap": 2.0 if world.seed % 3 else None}
     return (
         lambda backend: (
             lambda hidden, weight, bias: ops.trie_linear_token_log_probs(
-                hidden, weight, tokens, trie, bias, backend=backend
+                hidden, weight, tokens, trie, bias, **head, backend=backend
             )
         ),
         [laid_out(values.to(dtype).to(device), layout) for values in inputs],

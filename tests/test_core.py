@@ -191,11 +191,10 @@ def test_gradients_beyond_32_bits(
     width = 2**22
     rows = HUGE // width + 2
     assert rows * width > 2**31
-    zeros = torch.zeros
 
-    def sparse_zeros(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    def sparse_zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
         small = math.prod(shape) < 2**31
-        return zeros(shape, dtype=dtype) if small else sparse(math.prod(shape), dtype).view(shape)
+        return torch.zeros(shape, dtype=dtype) if small else sparse(math.prod(shape), dtype).view(shape)
 
     trie = PrefixTrie([[0], [width - 1]])
     arrays = (trie.first_child, trie.token, trie.max_children)
@@ -208,7 +207,7 @@ def test_gradients_beyond_32_bits(
         0.0, neginf=-math.inf
     )
     away = torch.stack([grad[:, 0], -grad[:, 0]], 1) / 2 * (1 - 2 * last).unsqueeze(1)
-    monkeypatch.setattr(torch, "zeros", sparse_zeros)
+    monkeypatch.setattr(_cpp, "zeros", sparse_zeros)
     from_tokens = _cpp.trie_token_log_probs_backward(grad, logits, tokens, root[:, 0], *arrays, 0)
     from_flows, _ = _cpp.flow_matching_backward(grad, logits, root, *arrays, flows, False)
     for got, wanted in ((from_tokens, away), (from_flows, -away)):

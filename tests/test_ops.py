@@ -38,6 +38,7 @@ from gflowgr import PrefixTrie, ops
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 path_shapes = st.tuples(leading_shapes, st.integers(0, 5)).map(lambda pair: (*pair[0], pair[1]))
+KERNELS = [backend for backend in backends("trie_token_log_probs") if backend.values[0] != "torch"]
 ROWS = [[1, 2, 5], [1, 3, -1], [4, -1, -1], [4, 5, 6], [4, 5, 6], [7, 0, -1], [7, 3, -1], [7, 9, -1]]
 
 
@@ -208,6 +209,54 @@ def test_linear_never_makes_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = torch.tensor([[3, 503], [4, 504], [3, 504]])
     ops.trie_linear_token_log_probs(torch.randn(3, 2, 4), torch.randn(1000, 4), rows, PrefixTrie(rows))
     assert widths == [2, 2]
+
+
+@pytest.mark.parametrize("backend", backends("trie_token_log_probs"))
+def test_linear_takes_part_of_a_head(backend: str) -> None:
+    """Rows that begin at another token, scaled and capped as Gemma does, give what the whole head does."""
+    device = device_of(backend)
+    rows = torch.tensor([[30, 40], [31, 41], [30, 41], [33, 42]], device=device)
+    hidden, weight, bias = (torch.randn(*shape, device=device) for shape in ((4, 2, 6), (50, 6), (50,)))
+    logits = 3.0 * torch.tanh(0.7 * torch.nn.functional.linear(hidden, weight, bias) / 3.0)
+    trie = PrefixTrie(rows).to(device)
+    ours = ops.trie_linear_token_log_probs(
+        *(hidden, weight[30:43], rows, trie, bias[30:43]),
+        **{"first_token": 30, "scale": 0.7, "softcap": 3.0, "backend": backend},
+    )
+    torch.testing.assert_close(ours, ops.trie_token_log_probs(logits, rows, trie))
+    with pytest.raises(ValueError, match="first_token is 31, needs at most the trie's smallest token, 30"):
+        ops.trie_linear_token_log_probs(hidden, weight[31:43], rows, trie, first_token=31, backend=backend)
+    with pytest.raises(ValueError, match="trie has the token 42"):
+        ops.trie_linear_token_log_probs(hidden, weight[30:42], rows, trie, first_token=30, backend=backend)
+    with pytest.raises(ValueError, match="softcap is 0"):
+        ops.trie_linear_token_log_probs(hidden, weight, rows, trie, softcap=0.0, backend=backend)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_linear_gives_a_sparse_gradient(backend: str) -> None:
+    """Of the trie's rows alone, with the dense one's values; it adds up and an optimiser takes it."""
+    device = device_of(backend)
+    rows = torch.tensor([[30, 40], [31, 41], [30, 41], [33, 42]], device=device)
+    trie = PrefixTrie(rows).to(device)
+    hidden, leaves = torch.randn(4, 2, 6, device=device), []
+    for sparse_grad in (False, True, True):
+        torch.manual_seed(0)
+        weight, bias = (torch.randn(*shape, device=device).requires_grad_() for shape in ((50, 6), (50,)))
+        options = {"sparse_grad": sparse_grad, "backend": backend}
+        ops.trie_linear_token_log_probs(hidden, weight, rows, trie, bias, **options).sum().backward()
+        leaves.append((weight, bias))
+    for dense, sparse in zip(leaves[0], leaves[1], strict=True):
+        assert sparse.grad.is_sparse
+        assert sparse.grad._nnz() == 13
+        torch.testing.assert_close(sparse.grad.to_dense(), dense.grad)
+    weight, bias = leaves[2]
+    ops.trie_linear_token_log_probs(
+        hidden, weight, rows, trie, bias, sparse_grad=True, backend=backend
+    ).sum().backward()
+    torch.testing.assert_close(weight.grad.to_dense(), 2 * leaves[0][0].grad)
+    before = weight.detach().clone()
+    torch.optim.SGD([weight, bias], lr=1.0).step()
+    torch.testing.assert_close(before - weight.detach(), 2 * leaves[0][0].grad)
 
 
 # Sampling

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 from core_cases import backends, device_of
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gflowgr import PrefixTrie, ops
 
@@ -112,6 +114,17 @@ PUBLIC: dict[str, Callable[[Inputs, str], Tensor]] = {
         x.log_probs, x.log_flows, mask=x.mask, weights=x.weights
     ),
 }
+DIRECT = (
+    "trie_walk",
+    "trie_log_softmax",
+    "trie_token_log_probs",
+    "trie_linear_token_log_probs",
+    "trie_sample",
+    "trie_log_flows",
+    "trajectory_balance",
+    "trie_trajectory_balance",
+    "flow_matching",
+)
 COMPOSITE = ("log_partition_variance", "detailed_balance", "subtrajectory_balance")
 
 
@@ -149,7 +162,8 @@ def arguments(name: str, backend: str, device: torch.device) -> tuple[Any, ...]:
     grad, grads = torch.randn(2, 3, device=device), torch.randn(2, 3, WIDTH, device=device)
     dense = ops.trie_log_softmax(x.logits, x.nodes, x.trie).detach()
     each = (x.log_rewards, x.log_rewards.detach().clone().requires_grad_())
-    lowest, highest = ([pair[side] for pair in x.trie.token_ranges] for side in (0, 1))
+    ranges = ([pair[side] for pair in x.trie.token_ranges] for side in (0, 1))
+    head = (x.tokens, x.trie.walk(x.tokens), *kids, *ranges, 0, 0.5, 3.0)
     logits = x.logits.detach()
     return {
         "trie_walk": (x.tokens, start, *arrays, backend),
@@ -157,16 +171,10 @@ def arguments(name: str, backend: str, device: torch.device) -> tuple[Any, ...]:
         "trie_log_softmax_backward": (grads, dense, x.nodes, *kids, torch.bfloat16, backend),
         "trie_token_log_probs": (x.logits, x.tokens, start, *kids, 0, backend),
         "trie_token_log_probs_backward": (grad, logits, x.tokens, start, *kids, 0, backend),
-        "trie_linear_token_log_probs": (
-            x.hidden,
-            x.weight,
-            x.tokens,
-            x.bias,
-            x.trie.walk(x.tokens),
-            *kids,
-            lowest,
-            highest,
-            backend,
+        "trie_linear_token_log_probs": (x.hidden, x.weight, x.bias, *head, False, backend),
+        "trie_linear_token_log_probs_backward": (
+            *(grad, x.hidden.detach(), x.weight.detach(), x.bias.detach()),
+            *(*head, False, [True, True, False], backend),
         ),
         "trie_sample": (x.logits, x.nodes, *kids, uniform, 0.7, backend),
         "trie_log_flows": (x.item_log_rewards, *items, backend),
@@ -185,11 +193,7 @@ def arguments(name: str, backend: str, device: torch.device) -> tuple[Any, ...]:
 def every_registered_op() -> list[Any]:
     pairs = []
     for name in sorted(registered()):
-        kernel = (
-            "trie_token_log_probs"
-            if name == "trie_linear_token_log_probs"
-            else name.removesuffix("_backward")
-        )
+        kernel = name.removesuffix("_backward").replace("linear_", "")
         served = [] if kernel in COMPOSITE else [b for b in backends(kernel) if b.values[0] != "torch"]
         pairs += [pytest.param(name, *b.values, marks=b.marks) for b in served] or [
             pytest.param(name, "auto")
@@ -311,6 +315,48 @@ def test_autocast(backend: str) -> None:
     assert all(
         grad.dtype == torch.float32 and grad.isfinite().all() and grad.abs().sum() > 0 for grad in grads
     )
+
+
+class Recorder(TorchDispatchMode):
+    """Notes which of our ops the dispatcher sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("op", "backend"),
+    [p for p in every_op_and_backend() if "torch" not in p.values and p.values[0] in DIRECT],
+)
+def test_the_way_past_the_dispatcher_is_the_same(op: str, backend: str) -> None:
+    """Who listens sees our ops, forward and backward; what comes out is what comes out unheard."""
+    x = inputs(3, device_of(backend))
+    unheard = run(PUBLIC[op], x, backend)
+    with Recorder() as recorder:
+        assert_same(run(PUBLIC[op], x, backend), unheard)
+    name = f"gflowgr.{op}.default"
+    assert name in recorder.seen
+    backward = {"trie_trajectory_balance": "trie_token_log_probs", "trie_sample": "trie_token_log_probs"}
+    if op != "trie_walk":
+        assert f"gflowgr.{backward.get(op, op)}_backward.default" in recorder.seen
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        PUBLIC[op](x, backend)
+    assert f"gflowgr::{op}" in {event.key for event in profiler.key_averages()}
+
+
+@pytest.mark.parametrize("listening", [True, False])
+def test_second_derivatives_are_refused(listening: bool) -> None:
+    x = inputs(3, torch.device("cpu"))
+    with Recorder() if listening else contextlib.nullcontext():
+        log_probs = ops.trie_token_log_probs(x.logits, x.tokens, x.trie, backend="cpp").clamp(min=-9)
+        (grad,) = torch.autograd.grad(log_probs.square().sum(), x.logits, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            grad.square().sum().backward()
 
 
 @pytest.mark.parametrize("op", PUBLIC)

@@ -10,10 +10,11 @@ from gflowgr.ops.trajectory_balance import (
     trajectory_balance,
     trie_trajectory_balance,
 )
+from gflowgr.ops.trie_linear_token_log_probs import trie_linear_token_log_probs
 from gflowgr.ops.trie_log_flows import trie_log_flows
 from gflowgr.ops.trie_log_softmax import trie_log_softmax
 from gflowgr.ops.trie_sample import trie_sample
-from gflowgr.ops.trie_token_log_probs import trie_linear_token_log_probs, trie_token_log_probs
+from gflowgr.ops.trie_token_log_probs import trie_token_log_probs
 from gflowgr.ops.trie_walk import trie_walk
 
 __all__ = [

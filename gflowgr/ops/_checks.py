@@ -127,7 +127,8 @@ def reduction_name(reduction: str) -> str:
 
 def start_nodes(start: int | Tensor, tokens: Tensor) -> Tensor:
     if isinstance(start, int):
-        return torch.full(tokens.shape[:-1], start, dtype=torch.int64, device=tokens.device)
+        nodes = tokens.new_zeros(tokens.shape[:-1])
+        return nodes.fill_(start) if start else nodes
     start = integers("start", start, tokens.shape[:-1])
     same_device("start", start, tokens.device)
     return start

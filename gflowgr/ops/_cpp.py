@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gflowgr import _core
+from gflowgr.ops._memory import zeros
 from gflowgr.reference import accumulation_dtype
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -66,7 +67,7 @@ def trie_log_softmax_backward(
     dtype: torch.dtype,
 ) -> Tensor:
     nodes, log_probs = nodes.contiguous(), log_probs.contiguous()
-    grad_logits = torch.zeros(grad.shape, dtype=dtype)
+    grad_logits = zeros(grad.shape, dtype, grad.device)
     _core.log_softmax_backward(
         _trie(first_child, token),
         _logits(grad),
@@ -112,7 +113,7 @@ def trie_token_log_probs_backward(
     first_token: int,
 ) -> Tensor:
     grad, tokens, start = grad.contiguous(), tokens.contiguous(), start.contiguous()
-    grad_logits = torch.zeros(logits.shape, dtype=logits.dtype)
+    grad_logits = zeros(logits.shape, logits.dtype, logits.device)
     _core.token_log_probs_backward(
         _trie(first_child, token),
         _logits(logits, first_token),
@@ -291,8 +292,9 @@ def flow_matching_backward(
     needs_grad_flows: bool,
 ) -> tuple[Tensor, Tensor]:
     grad, nodes, log_flows = grad.contiguous(), nodes.contiguous(), log_flows.contiguous()
-    grad_logits = torch.zeros(logits.shape, dtype=logits.dtype)
-    grad_flows = torch.zeros_like(log_flows) if needs_grad_flows else log_flows.new_empty(0)
+    grad_logits = zeros(logits.shape, logits.dtype, logits.device)
+    shape = log_flows.shape if needs_grad_flows else torch.Size((0,))
+    grad_flows = zeros(shape, log_flows.dtype, log_flows.device)
     _core.flow_matching_backward(
         _trie(first_child, token),
         _logits(logits),

@@ -34,9 +34,7 @@ def detailed_balance(
         TypeError, ValueError: an argument has the wrong type, shape or device.
     """
     log_probs, log_flows, mask, weights = _prepared(log_probs, log_flows, mask, weights, reduction)
-    return reference.reduce(
-        torch.ops.gflowgr.detailed_balance(log_probs, log_flows, mask), weights, reduction
-    )
+    return reference.reduce(_detailed_balance(log_probs, log_flows, mask), weights, reduction)
 
 
 def subtrajectory_balance(
@@ -70,7 +68,7 @@ def subtrajectory_balance(
     log_probs, log_flows, mask, weights = _prepared(log_probs, log_flows, mask, weights, reduction)
     if not 0 < lam < float("inf"):
         raise ValueError(f"lam is {lam}, needs a finite number above 0")
-    loss = torch.ops.gflowgr.subtrajectory_balance(log_probs, log_flows, lam, mask)
+    loss = _subtrajectory_balance(log_probs, log_flows, lam, mask)
     return reference.reduce(loss, weights, reduction)
 
 
@@ -89,10 +87,10 @@ def _prepared(
     return log_probs, log_flows.to(log_probs.dtype), mask, weights
 
 
-register_composite(
+_detailed_balance = register_composite(
     "detailed_balance(Tensor log_probs, Tensor log_flows, Tensor? mask) -> Tensor", reference.detailed_balance
 )
-register_composite(
+_subtrajectory_balance = register_composite(
     "subtrajectory_balance(Tensor log_probs, Tensor log_flows, float lam, Tensor? mask) -> Tensor",
     reference.subtrajectory_balance,
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gflowgr import reference
@@ -60,7 +59,7 @@ def flow_matching(
     if backend == "torch":
         return reference.reduce(reference.flow_matching(logits, nodes, trie, log_flows), None, reduction)
     paths = _checks.as_paths(logits.unsqueeze(0) if logits.dim() == 1 else logits)
-    divergence = torch.ops.gflowgr.flow_matching(
+    divergence = _divergence(
         paths,
         nodes.reshape(paths.shape[:-1]),
         trie.first_child,
@@ -80,7 +79,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, log_flows = ctx.saved_tensors
     needed = ctx.needs_input_grad[5]
-    grad_logits, grad_flows = torch.ops.gflowgr.flow_matching_backward(
+    grad_logits, grad_flows = _divergence_backward(
         grad, *tensors, ctx.max_children, log_flows, needed, ctx.backend
     )
     return grad_logits, None, None, None, None, grad_flows if needed else None, None
@@ -101,7 +100,7 @@ def _fake_backward(
     return logits.new_empty(logits.shape), log_flows.new_empty(shape)
 
 
-register(
+_divergence = register(
     "flow_matching(Tensor logits, Tensor nodes, Tensor first_child, Tensor token, int max_children, "
     "Tensor log_flows, str backend) -> Tensor",
     lambda logits, nodes, first_child, token, max_children, log_flows, backend: log_flows.new_empty(
@@ -110,7 +109,7 @@ register(
     setup_context=_setup_context,
     backward=_backward,
 )
-register(
+_divergence_backward = register(
     "flow_matching_backward(Tensor grad, Tensor logits, Tensor nodes, Tensor first_child, Tensor token, "
     "int max_children, Tensor log_flows, bool needs_grad_flows, str backend) -> (Tensor, Tensor)",
     _fake_backward,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gflowgr import reference
 from gflowgr.ops import _checks
 from gflowgr.ops._registry import register, register_composite, resolve_backend
+from gflowgr.ops.trie_token_log_probs import token_log_probs_backward
 
 
 def trajectory_balance(
@@ -53,7 +53,7 @@ def trajectory_balance(
         residual = reference.trajectory_balance_residual(log_probs, log_rewards, log_z, mask)
         return reference.reduce(residual.square(), weights, reduction)
     steps = log_probs.shape[-1]
-    loss, _ = torch.ops.gflowgr.trajectory_balance(
+    loss, _ = _balance(
         log_probs.reshape(like.numel(), steps),
         log_rewards.reshape(-1),
         log_z.reshape(-1),
@@ -112,7 +112,7 @@ def trie_trajectory_balance(
         residual = reference.trajectory_balance_residual(log_probs, log_rewards, log_z, None)
         return reference.reduce(residual.square(), weights, reduction)
     paths = _checks.as_paths(logits)
-    loss, _ = torch.ops.gflowgr.trie_trajectory_balance(
+    loss, _ = _trie_balance(
         paths,
         tokens.reshape(paths.shape[:-1]),
         start.reshape(paths.shape[0]),
@@ -166,7 +166,7 @@ def log_partition_variance(
         )
     log_rewards = _checks.per_trajectory("log_rewards", log_rewards, like)
     weights = None if weights is None else _checks.per_trajectory("weights", weights, like)
-    loss = torch.ops.gflowgr.log_partition_variance(log_probs, log_rewards, group_size, mask)
+    loss = _log_partition_variance(log_probs, log_rewards, group_size, mask)
     return reference.reduce(loss, weights, reduction)
 
 
@@ -187,7 +187,7 @@ def _residual_gradient(
 def _balance_backward(ctx: Any, grad_loss: Tensor, grad_residual: Tensor) -> tuple[Tensor | None, ...]:
     residual, mask, weights = ctx.saved_tensors
     grad = _residual_gradient(residual, weights, grad_loss, grad_residual)
-    grad_log_probs = torch.ops.gflowgr.trajectory_balance_backward(grad, mask, ctx.steps, ctx.backend)
+    grad_log_probs = _step_gradient(grad, mask, ctx.steps, ctx.backend)
     return grad_log_probs, -grad, grad, None, None, None
 
 
@@ -199,7 +199,7 @@ def _setup_trie_balance(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
 def _trie_balance_backward(ctx: Any, grad_loss: Tensor, grad_residual: Tensor) -> tuple[Tensor | None, ...]:
     residual, weights, logits, tokens, *arrays = ctx.saved_tensors
     grad = _residual_gradient(residual, weights, grad_loss, grad_residual)
-    grad_logits = torch.ops.gflowgr.trie_token_log_probs_backward(
+    grad_logits = token_log_probs_backward(
         grad.unsqueeze(-1).expand(tokens.shape), logits, tokens, *arrays, ctx.max_children, 0, ctx.backend
     )
     return grad_logits, None, None, None, None, None, -grad, grad, None, None
@@ -209,25 +209,25 @@ def _fake_pair(log_rewards: Tensor) -> tuple[Tensor, Tensor]:
     return log_rewards.new_empty(log_rewards.shape), log_rewards.new_empty(log_rewards.shape)
 
 
-register(
+_balance = register(
     "trajectory_balance(Tensor log_probs, Tensor log_rewards, Tensor log_z, Tensor? mask, Tensor? weights, "
     "str backend) -> (Tensor, Tensor)",
     lambda log_probs, log_rewards, *_: _fake_pair(log_rewards),
     setup_context=_setup_balance,
     backward=_balance_backward,
 )
-register(
+_step_gradient = register(
     "trajectory_balance_backward(Tensor grad_residual, Tensor? mask, int steps, str backend) -> Tensor",
     lambda grad_residual, mask, steps, backend: grad_residual.new_empty(*grad_residual.shape, steps),
 )
-register(
+_trie_balance = register(
     "trie_trajectory_balance(Tensor logits, Tensor tokens, Tensor start, Tensor first_child, Tensor token, "
     "int max_children, Tensor log_rewards, Tensor log_z, Tensor? weights, str backend) -> (Tensor, Tensor)",
     lambda logits, tokens, start, first_child, token, max_children, log_rewards, *_: _fake_pair(log_rewards),
     setup_context=_setup_trie_balance,
     backward=_trie_balance_backward,
 )
-register_composite(
+_log_partition_variance = register_composite(
     "log_partition_variance(Tensor log_probs, Tensor log_rewards, int group_size, Tensor? mask) -> Tensor",
     reference.log_partition_variance,
 )

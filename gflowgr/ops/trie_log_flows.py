@@ -38,7 +38,7 @@ def trie_log_flows(log_rewards: Tensor, trie: _checks.CatalogueTrie, *, backend:
     backend = resolve_backend(backend, "trie_log_flows", log_rewards.device)
     if backend == "torch":
         return reference.trie_log_flows(log_rewards, trie)
-    flows = torch.ops.gflowgr.trie_log_flows(
+    flows = _log_flows(
         log_rewards.reshape(shape[:-1].numel(), shape[-1]),
         trie.first_child,
         trie.token,
@@ -56,18 +56,18 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grad_rewards = torch.ops.gflowgr.trie_log_flows_backward(grad, *ctx.saved_tensors, ctx.backend)
+    grad_rewards = _log_flows_backward(grad, *ctx.saved_tensors, ctx.backend)
     return grad_rewards, None, None, None, None, None, None
 
 
-register(
+_log_flows = register(
     "trie_log_flows(Tensor log_rewards, Tensor first_child, Tensor token, Tensor first_item, "
     "Tensor item_count, Tensor item_order, str backend) -> Tensor",
     lambda log_rewards, first_child, token, *_: log_rewards.new_empty(log_rewards.shape[0], token.shape[0]),
     setup_context=_setup_context,
     backward=_backward,
 )
-register(
+_log_flows_backward = register(
     "trie_log_flows_backward(Tensor grad, Tensor log_rewards, Tensor log_flows, Tensor first_child, "
     "Tensor token, Tensor first_item, Tensor item_count, Tensor item_order, str backend) -> Tensor",
     lambda grad, log_rewards, *_: log_rewards.new_empty(log_rewards.shape),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gflowgr import reference
@@ -41,7 +40,7 @@ def trie_log_softmax(
     if backend == "torch":
         return reference.trie_log_softmax(logits, nodes, trie)
     paths = _checks.as_paths(logits.unsqueeze(0) if logits.dim() == 1 else logits)
-    out = torch.ops.gflowgr.trie_log_softmax(
+    out = _log_softmax(
         paths, nodes.reshape(paths.shape[:-1]), trie.first_child, trie.token, trie.max_children, backend
     )
     return out.view(logits.shape)
@@ -60,20 +59,18 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grad_logits = torch.ops.gflowgr.trie_log_softmax_backward(
-        grad, *ctx.saved_tensors, ctx.max_children, ctx.dtype, ctx.backend
-    )
+    grad_logits = _log_softmax_backward(grad, *ctx.saved_tensors, ctx.max_children, ctx.dtype, ctx.backend)
     return grad_logits, None, None, None, None, None
 
 
-register(
+_log_softmax = register(
     "trie_log_softmax(Tensor logits, Tensor nodes, Tensor first_child, Tensor token, int max_children, "
     "str backend) -> Tensor",
     _fake,
     setup_context=_setup_context,
     backward=_backward,
 )
-register(
+_log_softmax_backward = register(
     "trie_log_softmax_backward(Tensor grad, Tensor log_probs, Tensor nodes, Tensor first_child, "
     "Tensor token, int max_children, ScalarType dtype, str backend) -> Tensor",
     lambda grad, log_probs, nodes, first_child, token, max_children, dtype, backend: grad.new_empty(

@@ -10,6 +10,7 @@ from torch import Tensor
 from gflowgr import reference
 from gflowgr.ops import _checks
 from gflowgr.ops._registry import register, resolve_backend
+from gflowgr.ops.trie_token_log_probs import token_log_probs_backward
 
 
 def trie_sample(
@@ -62,7 +63,7 @@ def trie_sample(
         return reference.trie_sample(logits, nodes, trie, uniform, temperature)
     paths = _checks.as_paths(logits.unsqueeze(0) if logits.dim() == 1 else logits)
     rows = paths.shape[:-1]
-    tokens, reached, log_probs = torch.ops.gflowgr.trie_sample(
+    tokens, reached, log_probs = _sample(
         paths,
         nodes.reshape(rows),
         trie.first_child,
@@ -100,7 +101,7 @@ def _backward(ctx: Any, grad_tokens: None, grad_nodes: None, grad: Tensor) -> tu
     logits, tokens, nodes, first_child, token = ctx.saved_tensors
     # A draw is a path of one step, and its log-prob that of a given token.
     steps = logits.reshape(nodes.numel(), 1, logits.shape[-1])
-    grad_logits = torch.ops.gflowgr.trie_token_log_probs_backward(
+    grad_logits = token_log_probs_backward(
         grad.reshape(-1, 1),
         steps,
         tokens.reshape(-1, 1),
@@ -114,7 +115,7 @@ def _backward(ctx: Any, grad_tokens: None, grad_nodes: None, grad: Tensor) -> tu
     return grad_logits.view(logits.shape), None, None, None, None, None, None, None
 
 
-register(
+_sample = register(
     "trie_sample(Tensor logits, Tensor nodes, Tensor first_child, Tensor token, int max_children, "
     "Tensor uniform, float temperature, str backend) -> (Tensor, Tensor, Tensor)",
     _fake,

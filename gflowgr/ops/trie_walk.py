@@ -32,12 +32,10 @@ def trie_walk(
     if backend == "torch":
         return reference.trie_walk(tokens, start, trie)
     paths = tokens.reshape(start.numel(), shape[-1])
-    return torch.ops.gflowgr.trie_walk(paths, start.reshape(-1), trie.first_child, trie.token, backend).view(
-        shape
-    )
+    return _walk(paths, start.reshape(-1), trie.first_child, trie.token, backend).view(shape)
 
 
-register(
+_walk = register(
     "trie_walk(Tensor tokens, Tensor start, Tensor first_child, Tensor token, str backend) -> Tensor",
     lambda tokens, start, first_child, token, backend: torch.empty_like(
         tokens, memory_format=torch.contiguous_format
