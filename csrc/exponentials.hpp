@@ -10,6 +10,11 @@ namespace gflowgr {
 double exp_differences(const float* values, std::int64_t count, float peak, float* out);
 double exp_differences(const double* values, std::int64_t count, double peak, double* out);
 
+// The first index at which the running sum of `mass` (none negative) exceeds `target`; the last one with mass where
+// none does, for rounding may leave the target above the sum; 0 where there is no mass.
+std::int64_t first_above(const float* mass, std::int64_t count, double target);
+std::int64_t first_above(const double* mass, std::int64_t count, double target);
+
 // The largest value, passing over NaN; -inf when there is none.
 float largest(const float* values, std::int64_t count);
 double largest(const double* values, std::int64_t count);

@@ -56,16 +56,24 @@ class Policy {
   S log_prob(std::int64_t child) const { return (values_[child] - peak_) - static_cast<S>(log_total_); }
   double probability(std::int64_t child) const { return exponentials_[child] * one_over_total_; }
 
-  // Probabilities up to a factor at another temperature, and that factor.
-  double heat(double temperature, std::vector<S>& mass) const {
-    mass.resize(values_.size());
-    if (temperature == 1) {
-      mass = exponentials_;
-      return total_;
+  // The probabilities times a factor, in place of the exponentials: the last thing to ask for.
+  const S* scaled_probabilities(double factor) {
+    const S scale = static_cast<S>(factor * one_over_total_);
+    for (S& value : exponentials_) value *= scale;
+    return exponentials_.data();
+  }
+
+  // The child at which the distribution function of softmax(logits / temperature) passes `uniform`. Another
+  // temperature than 1 takes the place of the exponentials.
+  std::int64_t draw(double uniform, double temperature) {
+    const auto count = static_cast<std::int64_t>(exponentials_.size());
+    double total = total_;
+    if (temperature != 1) {
+      for (std::int64_t child = 0; child < count; ++child)
+        exponentials_[child] = static_cast<S>((values_[child] - peak_) / temperature);
+      total = exp_differences(exponentials_.data(), count, S{0}, exponentials_.data());
     }
-    for (std::size_t child = 0; child < values_.size(); ++child)
-      mass[child] = static_cast<S>((values_[child] - peak_) / temperature);
-    return exp_differences(mass.data(), static_cast<std::int64_t>(mass.size()), S{0}, mass.data());
+    return first_above(exponentials_.data(), count, uniform * total);
   }
 
  private:
@@ -178,10 +186,12 @@ void token_log_probs_backward(const Trie& trie, const Logits<T>& logits, const s
                             const std::int64_t r = b * steps + t;
                             policy.read(logits.row(r), logits.token_stride, kids);
                             T* row = grad_logits + r * logits.width - logits.first_token;
-                            for (std::int64_t child = 0; child < kids.count; ++child)
-                              row[kids.tokens[child]] = narrow<T>(-grad[r] * policy.probability(child));
                             const std::int64_t hit = next - kids.first;
-                            row[kids.tokens[hit]] = narrow<T>(grad[r] * (1.0 - policy.probability(hit)));
+                            const double left = 1.0 - policy.probability(hit);
+                            const Sum<T>* shares = policy.scaled_probabilities(-grad[r]);
+                            for (std::int64_t child = 0; child < kids.count; ++child)
+                              row[kids.tokens[child]] = narrow<T>(shares[child]);
+                            row[kids.tokens[hit]] = narrow<T>(grad[r] * left);
                           });
                  }
                });
@@ -195,7 +205,6 @@ void sample(const Trie& trie, const Logits<T>& logits, const std::int64_t* nodes
   using S = Sum<T>;
   parallel_for(logits.rows(), kRowGrain, threads, [&](std::int64_t begin, std::int64_t end) {
     Policy<S> policy;
-    std::vector<S> mass;
     for (std::int64_t r = begin; r < end; ++r) {
       const Children kids = trie.children(nodes[r]);
       if (kids.count == 0) {
@@ -207,15 +216,7 @@ void sample(const Trie& trie, const Logits<T>& logits, const std::int64_t* nodes
       S log_prob = 0;
       if (kids.count > 1) {
         policy.read(logits.row(r), logits.token_stride, kids);
-        // The last child with mass stays drawn when rounding leaves the target above the sum.
-        const double target = uniform[r] * policy.heat(temperature, mass);
-        double reached = 0;
-        for (std::int64_t child = 0; child < kids.count; ++child) {
-          if (!(mass[child] > 0)) continue;
-          drawn = child;
-          reached += mass[child];
-          if (reached > target) break;
-        }
+        drawn = policy.draw(uniform[r], temperature);
         log_prob = policy.log_prob(drawn);
       }
       out_tokens[r] = kids.tokens[drawn];
