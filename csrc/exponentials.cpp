@@ -1,6 +1,5 @@
 #include "exponentials.hpp"
 
-#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -18,7 +17,8 @@
 namespace gflowgr {
 namespace {
 
-// Vectors of the compiler's (GCC's and Clang's): whatever the instruction set, an operation is one on all lanes.
+// Vectors of the compiler's (GCC's and Clang's): whatever the instruction set, an operation is one on all lanes. A
+// cast keeps the bits. How they are passed depends on the instruction set, so only inlined functions may take them.
 constexpr std::int64_t kLanes = 16;
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef std::int32_t Integers __attribute__((vector_size(4 * kLanes)));
@@ -62,9 +62,9 @@ GFLOWGR_INLINE Floats exp_at_most_one(const Floats& x) {
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  const Bits exponent = std::bit_cast<Bits>(shifted) - 0x4b400000u;  // the bits of kRound
+  const Bits exponent = (Bits)shifted - 0x4b400000u;  // the bits of kRound
   const Bits scale = (exponent + 127u) << 23;
-  const Floats result = p * std::bit_cast<Floats>(scale);
+  const Floats result = p * (Floats)scale;
   return x < -87.3365479f ? Floats{} : result;
 }
 
