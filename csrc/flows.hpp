@@ -118,7 +118,8 @@ struct ChildTarget {
 template <class T>
 void flow_matching(const Trie& trie, const Logits<T>& logits, const std::int64_t* nodes, const Sum<T>* log_flows,
                    std::int64_t rows_per_flow, Sum<T>* divergence, int threads) {
-  parallel_for(logits.rows(), kRowGrain, threads, [&](std::int64_t begin, std::int64_t end) {
+  const std::int64_t grain = grain_of(logits.rows(), [&](std::int64_t r) { return 2 * row_cost(trie, nodes[r]); });
+  parallel_for(logits.rows(), grain, threads, [&](std::int64_t begin, std::int64_t end) {
     ChildTarget<Sum<T>> row;
     for (std::int64_t r = begin; r < end; ++r)
       divergence[r] = row.read(logits.row(r), logits.token_stride, log_flows + r / rows_per_flow * trie.nodes,
@@ -133,24 +134,25 @@ void flow_matching_backward(const Trie& trie, const Logits<T>& logits, const std
                             Sum<T>* grad_flows, int threads) {
   const std::int64_t groups = rows_per_flow > 0 ? logits.rows() / rows_per_flow : 0;
   // Rows that share flows stay on one thread, so their sums have one order.
-  parallel_for(groups, std::max<std::int64_t>(1, kRowGrain / std::max<std::int64_t>(rows_per_flow, 1)), threads,
-               [&](std::int64_t begin, std::int64_t end) {
-                 ChildTarget<Sum<T>> row;
-                 for (std::int64_t r = begin * rows_per_flow; r < end * rows_per_flow; ++r) {
-                   const std::int64_t offset = r / rows_per_flow * trie.nodes;
-                   const Children kids = trie.children(nodes[r]);
-                   const double divergence = row.read(logits.row(r), logits.token_stride, log_flows + offset, kids);
-                   if (!row.has_choice) continue;
-                   for (std::int64_t child = 0; child < kids.count; ++child) {
-                     const Sum<T> log_policy = row.policy.log_prob(child), log_target = row.target.log_prob(child);
-                     const double probability = row.policy.probability(child), target = row.target.probability(child);
-                     grad_logits[r * logits.width + kids.tokens[child]] = narrow<T>(grad[r] * (probability - target));
-                     if (grad_flows != nullptr && target > 0)
-                       grad_flows[offset + kids.first + child] +=
-                           static_cast<Sum<T>>(grad[r] * target * (log_target - log_policy - divergence));
-                   }
-                 }
-               });
+  const std::int64_t grain = grain_of(
+      groups, [&](std::int64_t group) { return 3 * rows_per_flow * row_cost(trie, nodes[group * rows_per_flow]); });
+  parallel_for(groups, grain, threads, [&](std::int64_t begin, std::int64_t end) {
+    ChildTarget<Sum<T>> row;
+    for (std::int64_t r = begin * rows_per_flow; r < end * rows_per_flow; ++r) {
+      const std::int64_t offset = r / rows_per_flow * trie.nodes;
+      const Children kids = trie.children(nodes[r]);
+      const double divergence = row.read(logits.row(r), logits.token_stride, log_flows + offset, kids);
+      if (!row.has_choice) continue;
+      for (std::int64_t child = 0; child < kids.count; ++child) {
+        const Sum<T> log_policy = row.policy.log_prob(child), log_target = row.target.log_prob(child);
+        const double probability = row.policy.probability(child), target = row.target.probability(child);
+        grad_logits[r * logits.width + kids.tokens[child]] = narrow<T>(grad[r] * (probability - target));
+        if (grad_flows != nullptr && target > 0)
+          grad_flows[offset + kids.first + child] +=
+              static_cast<Sum<T>>(grad[r] * target * (log_target - log_policy - divergence));
+      }
+    }
+  });
 }
 
 }  // namespace gflowgr

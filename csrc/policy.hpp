@@ -14,7 +14,20 @@
 // children only. Shapes: B batch, T steps, V width; arrays without strides are contiguous.
 namespace gflowgr {
 
-constexpr std::int64_t kRowGrain = 16;
+// About nanoseconds: of a row, and of a step to a child.
+constexpr std::int64_t kRowCost = 40, kStepCost = 10;
+
+// What a softmax over the children of a node costs, in about nanoseconds.
+inline std::int64_t row_cost(const Trie& trie, std::int64_t node) { return kRowCost + trie.children(node).count; }
+
+inline std::int64_t path_cost(const Trie& trie, std::int64_t node, const std::int64_t* tokens, std::int64_t steps) {
+  std::int64_t total = 0;
+  for (std::int64_t t = 0; t < steps && node >= 0; ++t) {
+    total += row_cost(trie, node);
+    node = trie.step(node, tokens[t]);
+  }
+  return total;
+}
 
 // Logits (B, T, V) with any strides; column c belongs to token first_token + c.
 template <class T>
@@ -85,7 +98,8 @@ class Policy {
 // The node after each token of (B, T), from start (B,); -1 from the first miss on.
 inline void walk(const Trie& trie, const std::int64_t* tokens, const std::int64_t* start, std::int64_t batch,
                  std::int64_t steps, std::int64_t* nodes, int threads) {
-  parallel_for(batch, 4 * kRowGrain, threads, [&](std::int64_t begin, std::int64_t end) {
+  const std::int64_t grain = grain_of(batch, [&](std::int64_t) { return steps * kStepCost; });
+  parallel_for(batch, grain, threads, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t b = begin; b < end; ++b) {
       std::int64_t node = start[b];
       for (std::int64_t t = 0; t < steps; ++t) nodes[b * steps + t] = node = trie.step(node, tokens[b * steps + t]);
@@ -96,7 +110,9 @@ inline void walk(const Trie& trie, const std::int64_t* tokens, const std::int64_
 // out (B, T, V): log-probs over the children of nodes (B, T), -inf elsewhere.
 template <class T>
 void log_softmax(const Trie& trie, const Logits<T>& logits, const std::int64_t* nodes, Sum<T>* out, int threads) {
-  parallel_for(logits.rows(), kRowGrain, threads, [&](std::int64_t begin, std::int64_t end) {
+  const std::int64_t grain =
+      grain_of(logits.rows(), [&](std::int64_t r) { return row_cost(trie, nodes[r]) + logits.width / 8; });
+  parallel_for(logits.rows(), grain, threads, [&](std::int64_t begin, std::int64_t end) {
     Policy<Sum<T>> policy;
     for (std::int64_t r = begin; r < end; ++r) {
       Sum<T>* row = out + r * logits.width;
@@ -114,7 +130,8 @@ void log_softmax(const Trie& trie, const Logits<T>& logits, const std::int64_t* 
 template <class T>
 void log_softmax_backward(const Trie& trie, const Logits<Sum<T>>& grad, const Sum<T>* log_probs,
                           const std::int64_t* nodes, T* grad_logits, int threads) {
-  parallel_for(grad.rows(), kRowGrain, threads, [&](std::int64_t begin, std::int64_t end) {
+  const std::int64_t grain = grain_of(grad.rows(), [&](std::int64_t r) { return row_cost(trie, nodes[r]); });
+  parallel_for(grad.rows(), grain, threads, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t r = begin; r < end; ++r) {
       const Children kids = trie.children(nodes[r]);
       if (kids.count < 2) continue;
@@ -149,25 +166,25 @@ template <class T>
 void token_log_probs(const Trie& trie, const Logits<T>& logits, const std::int64_t* tokens, const std::int64_t* start,
                      Sum<T>* out, int threads) {
   const std::int64_t steps = logits.steps;
-  parallel_for(logits.batch, std::max<std::int64_t>(1, kRowGrain / std::max<std::int64_t>(steps, 1)), threads,
-               [&](std::int64_t begin, std::int64_t end) {
-                 Policy<Sum<T>> policy;
-                 for (std::int64_t b = begin; b < end; ++b) {
-                   Sum<T>* row = out + b * steps;
-                   const std::int64_t length =
-                       follow(trie, start[b], tokens + b * steps, steps,
-                              [&](std::int64_t t, std::int64_t node, std::int64_t next) {
-                                row[t] = -std::numeric_limits<Sum<T>>::infinity();
-                                if (next < 0) return;
-                                const Children kids = trie.children(node);
-                                row[t] = 0;
-                                if (kids.count < 2) return;
-                                policy.read(logits.row(b * steps + t), logits.token_stride, kids);
-                                row[t] = policy.log_prob(next - kids.first);
-                              });
-                   std::fill(row + length, row + steps, Sum<T>{0});
-                 }
-               });
+  const std::int64_t grain =
+      grain_of(logits.batch, [&](std::int64_t b) { return path_cost(trie, start[b], tokens + b * steps, steps); });
+  parallel_for(logits.batch, grain, threads, [&](std::int64_t begin, std::int64_t end) {
+    Policy<Sum<T>> policy;
+    for (std::int64_t b = begin; b < end; ++b) {
+      Sum<T>* row = out + b * steps;
+      const std::int64_t length =
+          follow(trie, start[b], tokens + b * steps, steps, [&](std::int64_t t, std::int64_t node, std::int64_t next) {
+            row[t] = -std::numeric_limits<Sum<T>>::infinity();
+            if (next < 0) return;
+            const Children kids = trie.children(node);
+            row[t] = 0;
+            if (kids.count < 2) return;
+            policy.read(logits.row(b * steps + t), logits.token_stride, kids);
+            row[t] = policy.log_prob(next - kids.first);
+          });
+      std::fill(row + length, row + steps, Sum<T>{0});
+    }
+  });
 }
 
 // grad_logits (B, T, V), zeroed: grad (B, T) times (1[token] - P_F) over the children.
@@ -175,26 +192,25 @@ template <class T>
 void token_log_probs_backward(const Trie& trie, const Logits<T>& logits, const std::int64_t* tokens,
                               const std::int64_t* start, const Sum<T>* grad, T* grad_logits, int threads) {
   const std::int64_t steps = logits.steps;
-  parallel_for(logits.batch, std::max<std::int64_t>(1, kRowGrain / std::max<std::int64_t>(steps, 1)), threads,
-               [&](std::int64_t begin, std::int64_t end) {
-                 Policy<Sum<T>> policy;
-                 for (std::int64_t b = begin; b < end; ++b) {
-                   follow(trie, start[b], tokens + b * steps, steps,
-                          [&](std::int64_t t, std::int64_t node, std::int64_t next) {
-                            const Children kids = trie.children(node);
-                            if (next < 0 || kids.count < 2) return;
-                            const std::int64_t r = b * steps + t;
-                            policy.read(logits.row(r), logits.token_stride, kids);
-                            T* row = grad_logits + r * logits.width - logits.first_token;
-                            const std::int64_t hit = next - kids.first;
-                            const double left = 1.0 - policy.probability(hit);
-                            const Sum<T>* shares = policy.scaled_probabilities(-grad[r]);
-                            for (std::int64_t child = 0; child < kids.count; ++child)
-                              row[kids.tokens[child]] = narrow<T>(shares[child]);
-                            row[kids.tokens[hit]] = narrow<T>(grad[r] * left);
-                          });
-                 }
-               });
+  const std::int64_t grain =
+      grain_of(logits.batch, [&](std::int64_t b) { return path_cost(trie, start[b], tokens + b * steps, steps); });
+  parallel_for(logits.batch, grain, threads, [&](std::int64_t begin, std::int64_t end) {
+    Policy<Sum<T>> policy;
+    for (std::int64_t b = begin; b < end; ++b) {
+      follow(trie, start[b], tokens + b * steps, steps, [&](std::int64_t t, std::int64_t node, std::int64_t next) {
+        const Children kids = trie.children(node);
+        if (next < 0 || kids.count < 2) return;
+        const std::int64_t r = b * steps + t;
+        policy.read(logits.row(r), logits.token_stride, kids);
+        T* row = grad_logits + r * logits.width - logits.first_token;
+        const std::int64_t hit = next - kids.first;
+        const double left = 1.0 - policy.probability(hit);
+        const Sum<T>* shares = policy.scaled_probabilities(-grad[r]);
+        for (std::int64_t child = 0; child < kids.count; ++child) row[kids.tokens[child]] = narrow<T>(shares[child]);
+        row[kids.tokens[hit]] = narrow<T>(grad[r] * left);
+      });
+    }
+  });
 }
 
 // Draws a child of each node by inverting the CDF of softmax(logits / temperature) at uniform in [0, 1);
@@ -203,7 +219,8 @@ template <class T>
 void sample(const Trie& trie, const Logits<T>& logits, const std::int64_t* nodes, const double* uniform,
             double temperature, std::int64_t* out_tokens, std::int64_t* out_nodes, Sum<T>* out_log_probs, int threads) {
   using S = Sum<T>;
-  parallel_for(logits.rows(), kRowGrain, threads, [&](std::int64_t begin, std::int64_t end) {
+  const std::int64_t grain = grain_of(logits.rows(), [&](std::int64_t r) { return row_cost(trie, nodes[r]); });
+  parallel_for(logits.rows(), grain, threads, [&](std::int64_t begin, std::int64_t end) {
     Policy<S> policy;
     for (std::int64_t r = begin; r < end; ++r) {
       const Children kids = trie.children(nodes[r]);
