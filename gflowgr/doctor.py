@@ -37,7 +37,9 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TRITON_INTERPRET", "C
 
 _COMPILED = tuple(name for name in _registry.BACKENDS if name not in ("auto", "torch"))
 # Ops that ask the registry under the name of the op that does their work.
-_SERVED_AS = {"trie_linear_token_log_probs": "trie_token_log_probs"}
+_SERVED_AS = dict.fromkeys(
+    ("trie_linear_token_log_probs", "trie_log_partition_variance"), "trie_token_log_probs"
+)
 
 
 def report() -> dict[str, Any]:

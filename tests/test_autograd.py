@@ -134,6 +134,28 @@ def trie_trajectory_balance_case(
     )
 
 
+def trie_log_partition_variance_case(
+    world: World, shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: torch.device
+) -> Any:
+    group_size, steps = 1 + world.seed % 3, shape[-1]
+    shape = (group_size * math.prod(shape[:-1]), steps)
+    tokens = laid_out(world.paths(shape), layout)
+    start = torch.zeros(shape[:1], dtype=torch.int64)
+    logits = path_logits(world, tokens, start, dtype, layout, device)
+    trie, given = world.trie(device), any_integers(world, tokens, layout, device)
+    weights = world.normals(shape[:1]).abs().to(device) if world.seed % 5 else None
+    options = {"group_size": group_size, "weights": weights, "reduction": "none"}
+    return (
+        lambda backend: (
+            lambda logits, log_rewards: ops.trie_log_partition_variance(
+                logits, given, trie, log_rewards, **options, backend=backend
+            )
+        ),
+        [logits, laid_out(world.normals(shape[:1]).to(dtype).to(device), layout)],
+        shape[:1],
+    )
+
+
 def log_flows_case(
     world: World, shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: torch.device
 ) -> Any:
@@ -173,6 +195,7 @@ CASES = {
     "trie_linear_token_log_probs": linear_case,
     "trajectory_balance": trajectory_balance_case,
     "trie_trajectory_balance": trie_trajectory_balance_case,
+    "trie_log_partition_variance": trie_log_partition_variance_case,
     "trie_log_flows": log_flows_case,
     "flow_matching": flow_matching_case,
 }
@@ -181,12 +204,16 @@ ON_PATHS = (
     "trie_linear_token_log_probs",
     "trajectory_balance",
     "trie_trajectory_balance",
+    "trie_log_partition_variance",
 )
 
 
+_COMPOSED = ("trie_linear_token_log_probs", "trie_log_partition_variance")
+
+
 def kernels_for(op: str) -> list[Any]:
-    """(op, backend): the head has no kernel of its own, it calls that of the token log-probs."""
-    kernel = "trie_token_log_probs" if op == "trie_linear_token_log_probs" else op
+    """(op, backend): some ops have no kernel of their own, they call that of the token log-probs."""
+    kernel = op if op not in _COMPOSED else "trie_token_log_probs"
     return [pytest.param(op, *backend.values, marks=backend.marks) for backend in backends(kernel)]
 
 
@@ -359,7 +386,7 @@ def test_gradients_of_nothing(op: str, backend: str) -> None:
             inputs, gradients(make(backend), inputs, torch.ones(result, device=device)), strict=True
         ):
             assert grad.shape == value.shape
-            if op not in ("trajectory_balance", "trie_trajectory_balance"):
+            if op not in ("trajectory_balance", "trie_trajectory_balance", "trie_log_partition_variance"):
                 assert (grad == 0).all()
 
 

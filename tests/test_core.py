@@ -347,6 +347,7 @@ ARGUMENTS = {
     "trajectory_balance": ("log_probs", "log_rewards", "log_z"),
     "trie_trajectory_balance": ("logits", "tokens", "trie", "log_rewards", "log_z"),
     "log_partition_variance": ("log_probs", "log_rewards"),
+    "trie_log_partition_variance": ("logits", "tokens", "trie", "log_rewards"),
     "detailed_balance": ("log_probs", "log_flows"),
     "subtrajectory_balance": ("log_probs", "log_flows"),
     "flow_matching": ("logits", "nodes", "trie", "log_flows"),
@@ -355,6 +356,7 @@ OWN = {
     "trie_log_flows": {"log_rewards": torch.zeros(2, len(ROWS))},
     "flow_matching": {"log_flows": torch.zeros(2, TRIE.num_nodes)},
     "log_partition_variance": {"group_size": 2},
+    "trie_log_partition_variance": {"group_size": 2},
 }
 
 

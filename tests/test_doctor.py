@@ -37,6 +37,9 @@ CALLS: dict[str, Callable[..., Any]] = {
         torch.ones(1, 2, 3), torch.ones(5, 3), TOKENS, TRIE, **to
     ),
     "trie_log_flows": lambda **to: ops.trie_log_flows(torch.zeros(1, 3), TRIE, **to),
+    "trie_log_partition_variance": lambda **to: ops.trie_log_partition_variance(
+        LOGITS, TOKENS, TRIE, torch.zeros(1), group_size=1, **to
+    ),
     "trie_log_softmax": lambda **to: ops.trie_log_softmax(LOGITS[0], NODES, TRIE, **to),
     "trie_sample": lambda **to: ops.trie_sample(LOGITS[0], NODES, TRIE, **to),
     "trie_token_log_probs": lambda **to: ops.trie_token_log_probs(LOGITS, TOKENS, TRIE, **to),

@@ -104,6 +104,9 @@ PUBLIC: dict[str, Callable[[Inputs, str], Tensor]] = {
     "flow_matching": lambda x, backend: ops.flow_matching(
         x.logits, x.nodes, x.trie, ops.trie_log_flows(x.item_log_rewards, x.trie), backend=backend
     ),
+    "trie_log_partition_variance": lambda x, backend: ops.trie_log_partition_variance(
+        x.logits, x.tokens, x.trie, x.log_rewards, group_size=2, weights=x.weights, backend=backend
+    ),
     "log_partition_variance": lambda x, backend: ops.log_partition_variance(
         x.log_probs, x.log_rewards, group_size=2, mask=x.mask, weights=x.weights
     ),
@@ -123,7 +126,11 @@ DIRECT = (
     "trie_log_flows",
     "trajectory_balance",
     "trie_trajectory_balance",
+    "trie_log_partition_variance",
     "flow_matching",
+)
+SERVED_AS = dict.fromkeys(
+    ("trie_linear_token_log_probs", "trie_log_partition_variance"), "trie_token_log_probs"
 )
 COMPOSITE = ("log_partition_variance", "detailed_balance", "subtrajectory_balance")
 
@@ -132,7 +139,7 @@ def every_op_and_backend() -> list[Any]:
     pairs = [pytest.param(op, "auto") for op in COMPOSITE]
     for op in PUBLIC:
         if op not in COMPOSITE:
-            kernel = "trie_token_log_probs" if op == "trie_linear_token_log_probs" else op
+            kernel = SERVED_AS.get(op, op)
             # Inside a graph the kernels are opaque, so the slow interpreter would show nothing new.
             names = [b for b in backends(kernel) if b.values[0] != "triton" or torch.cuda.is_available()]
             pairs += [pytest.param(op, *backend.values, marks=backend.marks) for backend in names]
@@ -182,6 +189,7 @@ def arguments(name: str, backend: str, device: torch.device) -> tuple[Any, ...]:
         "trajectory_balance": (x.log_probs, *each, x.mask, x.weights, backend),
         "trajectory_balance_backward": (torch.randn(2, device=device), x.mask, 3, backend),
         "trie_trajectory_balance": (x.logits, x.tokens, start, *kids, *each, x.weights, backend),
+        "trie_log_partition_variance": (x.logits, x.tokens, start, *kids, each[1], 2, backend),
         "flow_matching": (x.logits, x.nodes, *kids, flows.detach().requires_grad_(), backend),
         "flow_matching_backward": (grad, logits, x.nodes, *kids, flows.detach(), True, backend),
         "log_partition_variance": (x.log_probs, x.log_rewards, 2, x.mask),
@@ -193,7 +201,8 @@ def arguments(name: str, backend: str, device: torch.device) -> tuple[Any, ...]:
 def every_registered_op() -> list[Any]:
     pairs = []
     for name in sorted(registered()):
-        kernel = name.removesuffix("_backward").replace("linear_", "")
+        kernel = name.removesuffix("_backward")
+        kernel = SERVED_AS.get(kernel, kernel)
         served = [] if kernel in COMPOSITE else [b for b in backends(kernel) if b.values[0] != "torch"]
         pairs += [pytest.param(name, *b.values, marks=b.marks) for b in served] or [
             pytest.param(name, "auto")
@@ -335,13 +344,14 @@ class Recorder(TorchDispatchMode):
 )
 def test_the_way_past_the_dispatcher_is_the_same(op: str, backend: str) -> None:
     """Who listens sees our ops, forward and backward; what comes out is what comes out unheard."""
-    x = inputs(3, device_of(backend))
+    x = inputs(4, device_of(backend))
     unheard = run(PUBLIC[op], x, backend)
     with Recorder() as recorder:
         assert_same(run(PUBLIC[op], x, backend), unheard)
     name = f"gflowgr.{op}.default"
     assert name in recorder.seen
-    backward = {"trie_trajectory_balance": "trie_token_log_probs", "trie_sample": "trie_token_log_probs"}
+    through = ("trie_trajectory_balance", "trie_log_partition_variance", "trie_sample")
+    backward = dict.fromkeys(through, "trie_token_log_probs")
     if op != "trie_walk":
         assert f"gflowgr.{backward.get(op, op)}_backward.default" in recorder.seen
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:

@@ -5,11 +5,8 @@
 
 from gflowgr.ops.flow_balance import detailed_balance, subtrajectory_balance
 from gflowgr.ops.flow_matching import flow_matching
-from gflowgr.ops.trajectory_balance import (
-    log_partition_variance,
-    trajectory_balance,
-    trie_trajectory_balance,
-)
+from gflowgr.ops.log_partition_variance import log_partition_variance, trie_log_partition_variance
+from gflowgr.ops.trajectory_balance import trajectory_balance, trie_trajectory_balance
 from gflowgr.ops.trie_linear_token_log_probs import trie_linear_token_log_probs
 from gflowgr.ops.trie_log_flows import trie_log_flows
 from gflowgr.ops.trie_log_softmax import trie_log_softmax
@@ -25,6 +22,7 @@ __all__ = [
     "trajectory_balance",
     "trie_linear_token_log_probs",
     "trie_log_flows",
+    "trie_log_partition_variance",
     "trie_log_softmax",
     "trie_sample",
     "trie_token_log_probs",

@@ -1,4 +1,4 @@
-"""Trajectory balance, from log-probs or fused with the forward policy, and its variant without Z."""
+"""Trajectory balance, from log-probs or fused with the forward policy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gflowgr import reference
 from gflowgr.ops import _checks
-from gflowgr.ops._registry import register, register_composite, resolve_backend
+from gflowgr.ops._registry import register, resolve_backend
 from gflowgr.ops.trie_token_log_probs import token_log_probs_backward
 
 
@@ -127,49 +127,6 @@ def trie_trajectory_balance(
     return reference.reduce(loss.view(tokens.shape[:-1]), None, reduction)
 
 
-def log_partition_variance(
-    log_probs: Tensor,
-    log_rewards: Tensor,
-    *,
-    group_size: int,
-    mask: Tensor | None = None,
-    weights: Tensor | None = None,
-    reduction: str = "mean",
-) -> Tensor:
-    """Trajectory balance with log Z estimated by each group's mean (Zhang et al. 2023, VarGrad).
-
-    Args:
-        log_probs: (B, T) floats; `group_size` consecutive rows are trajectories of one context.
-        log_rewards: (B,) floats.
-        group_size: divides B.
-        mask: (B, T) bool, True = counts.
-        weights: (B,) floats, constants.
-        reduction: "mean", "sum" or "none".
-
-    Returns:
-        The loss, a scalar, or (B,) for "none". Its gradient is that of `trajectory_balance` at the best
-        log Z.
-
-    Raises:
-        TypeError, ValueError: an argument has the wrong type, shape or device, or a group is not whole.
-    """
-    log_probs = _checks.floats("log_probs", log_probs, 2)
-    log_probs = log_probs.to(reference.accumulation_dtype(log_probs.dtype))
-    _checks.reduction_name(reduction)
-    mask = _checks.mask_like(mask, log_probs)
-    if log_probs.dim() != 2:
-        raise ValueError(f"log_probs has shape {tuple(log_probs.shape)}, needs (B, T)")
-    like = log_probs.detach().sum(-1)
-    if not isinstance(group_size, int) or group_size < 1 or like.numel() % group_size:
-        raise ValueError(
-            f"group_size is {group_size}, needs a divisor of the {like.shape[0]} rows of log_probs"
-        )
-    log_rewards = _checks.per_trajectory("log_rewards", log_rewards, like)
-    weights = None if weights is None else _checks.per_trajectory("weights", weights, like)
-    loss = _log_partition_variance(log_probs, log_rewards, group_size, mask)
-    return reference.reduce(loss, weights, reduction)
-
-
 def _setup_balance(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     log_probs, _, _, mask, weights, ctx.backend = inputs
     ctx.steps = log_probs.shape[-1]
@@ -226,8 +183,4 @@ _trie_balance = register(
     lambda logits, tokens, start, first_child, token, max_children, log_rewards, *_: _fake_pair(log_rewards),
     setup_context=_setup_trie_balance,
     backward=_trie_balance_backward,
-)
-_log_partition_variance = register_composite(
-    "log_partition_variance(Tensor log_probs, Tensor log_rewards, int group_size, Tensor? mask) -> Tensor",
-    reference.log_partition_variance,
 )
