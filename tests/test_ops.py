@@ -361,6 +361,35 @@ def test_draws_follow_the_distribution(backend: str, temperature: float) -> None
                 assert survival(exactly(1.0)) < 1e-4
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("width", [15, 16, 17, 127, 129, 1000])
+@pytest.mark.parametrize("backend", backends("trie_sample"))
+def test_sample_inverts_the_distribution_of_many_children(
+    backend: str, width: int, dtype: torch.dtype
+) -> None:
+    """Kernels add up many children in blocks; each draw is where the exact distribution function passes."""
+    device = device_of(backend)
+    rows = 16 if backend == "triton" else 500
+    seeded = torch.Generator().manual_seed(width)
+    logits = 3.0 * torch.randn(rows, width, generator=seeded)
+    logits[torch.rand(rows, width, generator=seeded) < 0.3] = -math.inf
+    logits = logits.to(dtype).to(device)
+    trie = PrefixTrie(torch.arange(width).unsqueeze(1)).to(device)
+    for temperature in (1.0, 3.0):
+        generator = torch.Generator(device).manual_seed(0)
+        root = torch.zeros(rows, dtype=torch.int64, device=device)
+        options = {"temperature": temperature, "generator": generator, "backend": backend}
+        tokens = ops.trie_sample(logits, root, trie, **options)[0]
+        generator.manual_seed(0)
+        uniform = torch.rand(rows, generator=generator, dtype=torch.float64, device=device)
+        mass = (logits.double() / temperature).softmax(-1)
+        reached = mass.cumsum(-1).gather(1, tokens.unsqueeze(1)).squeeze(1)
+        own = mass.gather(1, tokens.unsqueeze(1)).squeeze(1)
+        assert (own > 0).all()
+        assert (uniform <= reached + 1e-5).all()
+        assert (uniform >= reached - own - 1e-5).all()
+
+
 @pytest.mark.parametrize("backend", backends("trie_sample"))
 def test_a_seed_fixes_the_draws(backend: str, threads: Any) -> None:
     device = device_of(backend)

@@ -116,8 +116,7 @@ def register(
     torch.library.register_fake(f"gflowgr::{name}", fake, lib=LIBRARY)
     differentiable = None
     if setup_context is not None and backward is not None:
-        # A backward is an op without one: PyTorch would warn of a second derivative, and get it wrong.
-        backward = once_differentiable(backward)
+        backward = _differentiated_once(backward)
         torch.library.register_autograd(
             f"gflowgr::{name}", backward, setup_context=setup_context, lib=LIBRARY
         )
@@ -132,6 +131,13 @@ def register(
         return dispatched(*args) if differentiable is None else differentiable.apply(*args)
 
     return call
+
+
+def _differentiated_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward is an op without one: PyTorch would warn of a second derivative, and get it wrong."""
+    refusing = once_differentiable(backward)
+    # Gradients are on inside a backward pass when somebody wants to differentiate it.
+    return lambda ctx, *grads: (refusing if torch.is_grad_enabled() else backward)(ctx, *grads)
 
 
 def _autograd_function(

@@ -130,36 +130,57 @@ def trie_trajectory_balance(
 def _setup_balance(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     log_probs, _, _, mask, weights, ctx.backend = inputs
     ctx.steps = log_probs.shape[-1]
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1], mask, weights)
 
 
-def _residual_gradient(
-    residual: Tensor, weights: Tensor | None, grad_loss: Tensor, grad_residual: Tensor
-) -> Tensor:
-    """What reaches the residual through weights * residual^2 and through the residual itself."""
+def _residual_gradient(residual: Tensor, weights: Tensor | None, grad_loss: Tensor) -> Tensor:
+    """What reaches the residual through weights * residual^2."""
     slope = 2 * residual if weights is None else 2 * weights * residual
-    return grad_loss * slope + grad_residual
+    return slope.mul_(grad_loss)
 
 
-def _balance_backward(ctx: Any, grad_loss: Tensor, grad_residual: Tensor) -> tuple[Tensor | None, ...]:
+def _balance_backward(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return (None,) * 6
     residual, mask, weights = ctx.saved_tensors
-    grad = _residual_gradient(residual, weights, grad_loss, grad_residual)
-    grad_log_probs = _step_gradient(grad, mask, ctx.steps, ctx.backend)
-    return grad_log_probs, -grad, grad, None, None, None
+    grad = _residual_gradient(residual, weights, grad_loss)
+    needs_log_probs, needs_rewards, needs_log_z, *_ = ctx.needs_input_grad
+    return (
+        _step_gradient(grad, mask, ctx.steps, ctx.backend) if needs_log_probs else None,
+        -grad if needs_rewards else None,
+        grad if needs_log_z else None,
+        *(None, None, None),
+    )
 
 
 def _setup_trie_balance(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     logits, tokens, start, first_child, token, ctx.max_children, _, _, weights, ctx.backend = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1], weights, logits, tokens, start, first_child, token)
 
 
-def _trie_balance_backward(ctx: Any, grad_loss: Tensor, grad_residual: Tensor) -> tuple[Tensor | None, ...]:
+def _trie_balance_backward(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return (None,) * 10
     residual, weights, logits, tokens, *arrays = ctx.saved_tensors
-    grad = _residual_gradient(residual, weights, grad_loss, grad_residual)
-    grad_logits = token_log_probs_backward(
-        grad.unsqueeze(-1).expand(tokens.shape), logits, tokens, *arrays, ctx.max_children, 0, ctx.backend
+    grad = _residual_gradient(residual, weights, grad_loss)
+    needs_logits, *_, needs_rewards, needs_log_z, _, _ = ctx.needs_input_grad
+    grad_logits = None
+    if needs_logits:
+        each = grad.unsqueeze(-1).expand(tokens.shape)
+        grad_logits = token_log_probs_backward(
+            each, logits, tokens, *arrays, ctx.max_children, 0, ctx.backend
+        )
+    return (
+        grad_logits,
+        *(None,) * 5,
+        -grad if needs_rewards else None,
+        grad if needs_log_z else None,
+        *(None, None),
     )
-    return grad_logits, None, None, None, None, None, -grad, grad, None, None
 
 
 def _fake_pair(log_rewards: Tensor) -> tuple[Tensor, Tensor]:
