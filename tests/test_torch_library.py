@@ -399,6 +399,29 @@ def test_neither_waits_for_the_device_nor_minds_the_stream(op: str) -> None:
     assert_same(result, expected)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("op", PUBLIC)
+def test_is_captured_in_a_cuda_graph(op: str) -> None:
+    """Forward and backward, replayed on other values than those that were captured."""
+    device = torch.device("cuda", 0)
+    x, y = inputs(4, device, seed=1), inputs(4, device, seed=2)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run(PUBLIC[op], x, "auto")
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(PUBLIC[op], x, "auto")
+    with torch.no_grad():
+        for name, value in vars(y).items():
+            if isinstance(value, Tensor):
+                getattr(x, name).copy_(value)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_same(captured, run(PUBLIC[op], y, "auto"))
+
+
 def test_a_module_with_ops_exports() -> None:
     """The ops stand in an exported graph under their registered names."""
     x = inputs(3, torch.device("cpu"))
