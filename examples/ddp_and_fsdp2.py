@@ -1,7 +1,7 @@
 """DDP and FSDP2 in two processes: the losses of one process that has the whole batch.
 
-The ops read the head's weight, so they are called inside the wrapped module's forward, where DDP tracks it and
-FSDP2 has gathered it.
+`trie_linear_token_log_probs` reads the head's weight, so it is called in the wrapped module's forward: there
+DDP tracks the weight, and FSDP2 has gathered it.
 
     python examples/ddp_and_fsdp2.py
 """
@@ -27,17 +27,20 @@ ITEMS = torch.cartesian_prod(*[torch.arange(CODES)] * LEVELS)[::3] + CODES * tor
 
 
 class Policy(nn.Module):
-    """Log-probs of item paths straight from the head's rows: (B,), (B, L) -> (B, L)."""
+    """Trajectory balance of item paths, straight from the head's rows: (B,), (B, L), (B,) -> loss."""
 
     def __init__(self) -> None:
         super().__init__()
         self.trie = PrefixTrie(ITEMS)
         self.user, self.token = nn.Embedding(USERS, WIDTH), nn.Embedding(LEVELS * CODES, WIDTH)
         self.cell, self.head = nn.GRU(WIDTH, WIDTH, batch_first=True), nn.Linear(WIDTH, LEVELS * CODES)
+        self.log_z = nn.Parameter(torch.zeros(1))  # FSDP2 shards no scalar
 
-    def forward(self, user: Tensor, tokens: Tensor) -> Tensor:
+    def forward(self, user: Tensor, tokens: Tensor, log_rewards: Tensor) -> Tensor:
         hidden, _ = self.cell(torch.cat([self.user(user).unsqueeze(1), self.token(tokens[:, :-1])], 1))
-        return ops.trie_linear_token_log_probs(hidden, self.head.weight, tokens, self.trie, self.head.bias)
+        head = self.head
+        log_probs = ops.trie_linear_token_log_probs(hidden, head.weight, tokens, self.trie, head.bias)
+        return ops.trajectory_balance(log_probs, log_rewards, self.log_z.squeeze())
 
 
 def train(wrapper: str, rank: int, processes: int) -> list[float]:
@@ -53,8 +56,7 @@ def train(wrapper: str, rank: int, processes: int) -> list[float]:
     for _ in range(STEPS):
         user = torch.randint(USERS, (BATCH,), generator=draw)
         share = user[rank * BATCH // processes : (rank + 1) * BATCH // processes]
-        log_probs = module(share, ITEMS[5 * share])
-        loss = ops.trajectory_balance(log_probs, torch.zeros(len(share)), torch.tensor(0.0))
+        loss = module(share, ITEMS[5 * share], share / USERS)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -67,9 +69,7 @@ def train(wrapper: str, rank: int, processes: int) -> list[float]:
 
 def process(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES
-    )
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES)
     curves = {wrapper: train(wrapper, rank, PROCESSES) for wrapper in ("ddp", "fsdp2")}
     if rank == 0:
         Path(folder, "losses.json").write_text(json.dumps(curves))

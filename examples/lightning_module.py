@@ -1,6 +1,6 @@
 """Lightning: the closed-form flows of a reward and a KL over the children, in a `training_step`.
 
-    python examples/lightning_module.py
+python examples/lightning_module.py
 """
 
 from __future__ import annotations

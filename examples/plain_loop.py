@@ -1,6 +1,6 @@
 """A plain PyTorch loop: trajectory balance until each user's policy is that user's rewards, normalised.
 
-    python examples/plain_loop.py
+python examples/plain_loop.py
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def main() -> None:
 
     policy = Policy()
     slow = [parameter for name, parameter in policy.named_parameters() if not name.startswith("log_z")]
-    optimiser = torch.optim.Adam([{"params": slow}, {"params": policy.log_z.parameters(), "lr": 0.05}], lr=5e-3)
+    optimiser = torch.optim.Adam(
+        [{"params": slow}, {"params": policy.log_z.parameters(), "lr": 0.05}], lr=5e-3
+    )
     for _ in range(400):
         user = torch.randint(USERS, (64,))
         tokens = sample_paths(policy, user, trie, temperature=1.5)

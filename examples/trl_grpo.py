@@ -1,7 +1,7 @@
 """TRL's GRPO: items drawn under the catalogue's trie, and log-probs from the same policy.
 
-Stock TRL would draw from the whole vocabulary, and normalise over it. `rollout_func` draws with `trie_sample`;
-the one overridden method scores with `trie_token_log_probs`. Advantages, clipping and KL stay TRL's.
+Stock TRL draws from the whole vocabulary, and normalises over it. Here `rollout_func` draws with `trie_sample`,
+and the one overridden method scores with `trie_token_log_probs`. Advantages, clipping and KL stay TRL's.
 
     python examples/trl_grpo.py
 """
@@ -34,7 +34,9 @@ class TrieGRPOTrainer(GRPOTrainer):
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor, None]:
-        logits = model(input_ids, attention_mask=attention_mask, logits_to_keep=logits_to_keep + 1).logits[:, :-1]
+        logits = model(input_ids, attention_mask=attention_mask, logits_to_keep=logits_to_keep + 1).logits[
+            :, :-1
+        ]
         tokens = input_ids[:, -logits_to_keep:]
         log_probs = ops.trie_token_log_probs(logits, tokens, self.trie)
         root = torch.zeros_like(tokens[:, :1])
