@@ -1,7 +1,7 @@
 """TRL's GRPO: items drawn under the catalogue's trie, and log-probs from the same policy.
 
-Stock TRL draws from the whole vocabulary, and normalises over it. Here `rollout_func` draws with `trie_sample`,
-and the one overridden method scores with `trie_token_log_probs`. Advantages, clipping and KL stay TRL's.
+Stock TRL draws from the whole vocabulary and normalises over it. Here `rollout_func` draws by `trie_sample`,
+the one overridden method scores by `trie_token_log_probs`. Advantages, clipping and KL stay TRL's.
 
     python examples/trl_grpo.py
 """
