@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -70,14 +71,10 @@ class NumpyTrie:
     item_node: NDArray[np.int32]
 
     def __init__(self, sequences: Any, *, threads: int = 1) -> None:
-        from gflowgr import _core
-
-        self._adopt(_core.build_trie(as_rows(sequences)), threads)
+        self._adopt(_compiled_core().build_trie(as_rows(sequences)), threads)
 
     def _adopt(self, arrays: dict[str, np.ndarray], threads: int) -> None:
-        from gflowgr import _core
-
-        self._core, self.threads = _core, threads
+        self._core, self.threads = _compiled_core(), threads
         for name in ARRAYS:
             setattr(self, name, np.ascontiguousarray(arrays[name]))
         self._arrays = (self.first_child.ctypes.data, self.token.ctypes.data, self.token.size)
@@ -208,6 +205,16 @@ class NumpyTrie:
         if not logits.flags.aligned or any(stride % logits.itemsize for stride in logits.strides):
             logits = np.ascontiguousarray(logits)
         return logits.reshape(1, nodes.size, logits.shape[-1]), nodes
+
+
+def _compiled_core() -> ModuleType:
+    try:
+        from gflowgr import _core
+    except ImportError as error:
+        raise ImportError(
+            "the C++ extension is not compiled; reinstall with `pip install .` and a C++20 compiler"
+        ) from error
+    return _core
 
 
 def _raw(rows: NDArray[Any]) -> tuple[int, ...]:
