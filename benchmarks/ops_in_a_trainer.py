@@ -3,7 +3,8 @@
     python benchmarks/ops_in_a_trainer.py --threads 1            # prints the page's table
     python benchmarks/ops_in_a_trainer.py --threads 1 --write    # and puts it into the page
 
-Both blocks of a section are compared first, results and gradients, and a difference ends the run.
+Both blocks of a section are compared first, results and gradients, and a difference ends the run. Memory is
+read from Linux's /proc.
 """
 
 from __future__ import annotations
