@@ -10,6 +10,8 @@ VENV ?= .venv
 EXTRA ?= test
 JOBS ?= auto
 TESTFLAGS ?=
+# Installed without its requirements: it declares numpy<2 and runs on newer versions.
+TORCHGFN := torchgfn==2.4.1
 
 BIN := $(VENV)/bin
 # What a reinstallation would pick up; Python files are read in place.
@@ -40,9 +42,11 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed-dev: $(SOURCES) | $(BIN)/python
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev,examples]'
+	$(BIN)/python -m pip install --no-deps $(TORCHGFN)
 	touch $(VENV)/.installed-test $@
 
 $(VENV)/.installed-test: $(SOURCES) | $(BIN)/python
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[test]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[test,examples]'
+	$(BIN)/python -m pip install --no-deps $(TORCHGFN)
 	touch $@

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import operator
 import os
 from functools import cached_property
@@ -14,14 +13,12 @@ import torch
 from torch import Tensor
 
 from gflowgr import ops
+from gflowgr.numpy_trie import ARRAYS, FORMAT, as_rows, fingerprint
 
 try:
     from gflowgr import _core
 except ImportError:
     _core = None  # type: ignore[assignment]
-
-_ARRAYS = ("first_child", "token", "first_item", "item_count", "item_order", "item_node")
-_FORMAT = "gflowgr.PrefixTrie/1"
 
 
 class PrefixTrie:
@@ -66,7 +63,7 @@ class PrefixTrie:
         self._adopt({name: torch.from_numpy(array) for name, array in arrays.items()})
 
     def _adopt(self, arrays: dict[str, Tensor]) -> None:
-        for name in _ARRAYS:
+        for name in ARRAYS:
             setattr(self, name, arrays[name])
         self._parent: Tensor | None = None
         self.max_token = int(self.token.max())
@@ -97,7 +94,7 @@ class PrefixTrie:
     @property
     def nbytes(self) -> int:
         """Bytes of the arrays."""
-        return sum(getattr(self, name).nbytes for name in _ARRAYS)
+        return sum(getattr(self, name).nbytes for name in ARRAYS)
 
     @property
     def device(self) -> torch.device:
@@ -120,12 +117,7 @@ class PrefixTrie:
     @cached_property
     def fingerprint(self) -> str:
         """A digest of the arrays: two tries with the same one hold the same catalogue."""
-        digest = hashlib.blake2b(digest_size=16)
-        for name in _ARRAYS:
-            array = getattr(self, name).cpu()
-            digest.update(f"{name}:{array.numel()};".encode())
-            digest.update(array.numpy().data)
-        return digest.hexdigest()
+        return fingerprint({name: getattr(self, name).cpu().numpy() for name in ARRAYS})
 
     def __repr__(self) -> str:
         return (
@@ -172,7 +164,7 @@ class PrefixTrie:
             return self
         moved = object.__new__(PrefixTrie)
         moved.__dict__.update({k: v for k, v in self.__dict__.items() if not isinstance(v, Tensor)})
-        for name in _ARRAYS:
+        for name in ARRAYS:
             setattr(moved, name, getattr(self, name).to(device))
         moved._parent = None
         return moved
@@ -189,9 +181,9 @@ class PrefixTrie:
         if not path.parent.is_dir():
             raise FileNotFoundError(f"path is {os.fspath(path)!r}, in a folder that does not exist")
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        arrays = {name: getattr(self, name).cpu().contiguous() for name in _ARRAYS}
+        arrays = {name: getattr(self, name).cpu().contiguous() for name in ARRAYS}
         try:
-            save_file(arrays, temporary, {"format": _FORMAT, "fingerprint": self.fingerprint})
+            save_file(arrays, temporary, {"format": FORMAT, "fingerprint": self.fingerprint})
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -211,11 +203,11 @@ class PrefixTrie:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise ValueError(f"its format is {metadata.get('format')!r}, needs {_FORMAT!r}")
-                if set(file.keys()) != set(_ARRAYS):
-                    raise ValueError(f"it holds {sorted(file.keys())}, needs {sorted(_ARRAYS)}")
-                arrays = {name: file.get_tensor(name) for name in _ARRAYS}
+                if metadata.get("format") != FORMAT:
+                    raise ValueError(f"its format is {metadata.get('format')!r}, needs {FORMAT!r}")
+                if set(file.keys()) != set(ARRAYS):
+                    raise ValueError(f"it holds {sorted(file.keys())}, needs {sorted(ARRAYS)}")
+                arrays = {name: file.get_tensor(name) for name in ARRAYS}
             _verify(arrays)
             trie = object.__new__(cls)
             trie._adopt(arrays)
@@ -227,26 +219,11 @@ class PrefixTrie:
 
 
 def _as_rows(sequences: Any) -> np.ndarray:
-    """`sequences` as a C-contiguous int32 or int64 array (N, L), checked for all but its content."""
     if isinstance(sequences, Tensor):
         if sequences.is_floating_point() or sequences.is_complex():
             raise TypeError(f"sequences has dtype {sequences.dtype}, needs integers")
         sequences = sequences.detach().cpu().numpy()
-    try:
-        rows = np.asarray(sequences)
-    except ValueError as error:
-        raise ValueError(
-            "sequences has rows of different lengths, needs (N, L) with -1 at the tails"
-        ) from error
-    if rows.size and rows.dtype.kind not in "iu":
-        raise TypeError(f"sequences has dtype {rows.dtype}, needs integers")
-    if rows.ndim != 2 or 0 in rows.shape:
-        raise ValueError(
-            f"sequences has shape {rows.shape}, needs (N, L) with at least one item and one level"
-        )
-    if rows.max() >= 2**31 - 1:
-        raise ValueError(f"sequences has the token {rows.max()}, needs tokens below 2**31 - 1")
-    return np.ascontiguousarray(rows, dtype=np.int32 if rows.dtype.itemsize <= 4 else np.int64)
+    return as_rows(sequences)
 
 
 def build_with_numpy(rows: np.ndarray) -> dict[str, np.ndarray]:

@@ -289,7 +289,7 @@ def test_works_without_the_extension_and_without_triton(tmp_path: Path) -> None:
     source = Path(gflowgr.__file__).parent
     package = tmp_path / "gflowgr"
     (package / "ops").mkdir(parents=True)
-    for name in ("__init__", "trie", "reference"):
+    for name in ("__init__", "trie", "numpy_trie", "reference"):
         (package / f"{name}.py").symlink_to(source / f"{name}.py")
     for file in (source / "ops").glob("*.py"):
         (package / "ops" / file.name).symlink_to(file)
@@ -311,6 +311,13 @@ for backend, missing in (("cpp", "the C++ extension is not compiled"), ("triton"
         assert missing in str(error), error
     else:
         raise AssertionError(backend)
+from gflowgr.numpy_trie import NumpyTrie
+try:
+    NumpyTrie([[1, 2]])
+except ImportError as error:
+    assert "the C++ extension is not compiled" in str(error), error
+else:
+    raise AssertionError("NumpyTrie")
 print(gflowgr.__file__)
 """
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}

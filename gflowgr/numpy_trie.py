@@ -1,0 +1,233 @@
+"""The C++ core on NumPy arrays, for processes that serve and have no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+ARRAYS = ("first_child", "token", "first_item", "item_count", "item_order", "item_node")
+FORMAT = "gflowgr.PrefixTrie/1"
+_DTYPES = {"float32": 0, "float64": 1, "float16": 3}
+
+
+def as_rows(sequences: Any) -> np.ndarray:
+    """`sequences` as a C-contiguous int32 or int64 array (N, L), checked for all but its content."""
+    try:
+        rows = np.asarray(sequences)
+    except ValueError as error:
+        raise ValueError(
+            "sequences has rows of different lengths, needs (N, L) with -1 at the tails"
+        ) from error
+    if rows.size and rows.dtype.kind not in "iu":
+        raise TypeError(f"sequences has dtype {rows.dtype}, needs integers")
+    if rows.ndim != 2 or 0 in rows.shape:
+        raise ValueError(
+            f"sequences has shape {rows.shape}, needs (N, L) with at least one item and one level"
+        )
+    if rows.max() >= 2**31 - 1:
+        raise ValueError(f"sequences has the token {rows.max()}, needs tokens below 2**31 - 1")
+    return np.ascontiguousarray(rows, dtype=np.int32 if rows.dtype.itemsize <= 4 else np.int64)
+
+
+def fingerprint(arrays: dict[str, np.ndarray]) -> str:
+    """A digest of a trie's arrays: two tries with the same one hold the same catalogue."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in ARRAYS:
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name}:{array.size};".encode())
+        digest.update(array.data)
+    return digest.hexdigest()
+
+
+class NumpyTrie:
+    """A catalogue's prefix trie, with the ops that serving needs; imports neither torch nor Triton.
+
+    Nodes, tokens and items are those of `gflowgr.PrefixTrie`, whose saved files it reads. `R` stands for any
+    leading shape.
+
+    Args:
+        sequences: (N, L) integers, row i the tokens of item i as the model emits them, -1 pads tails.
+        threads: that a call may use.
+
+    Attributes:
+        first_child, token, first_item, item_count, item_order, item_node: as in `PrefixTrie`, int32 arrays.
+
+    Raises:
+        ImportError: the C++ core is not compiled.
+        TypeError, ValueError: as `PrefixTrie`.
+    """
+
+    first_child: NDArray[np.int32]
+    token: NDArray[np.int32]
+    first_item: NDArray[np.int32]
+    item_count: NDArray[np.int32]
+    item_order: NDArray[np.int32]
+    item_node: NDArray[np.int32]
+
+    def __init__(self, sequences: Any, *, threads: int = 1) -> None:
+        self._adopt(_compiled_core().build_trie(as_rows(sequences)), threads)
+
+    def _adopt(self, arrays: dict[str, np.ndarray], threads: int) -> None:
+        self._core, self.threads = _compiled_core(), threads
+        for name in ARRAYS:
+            setattr(self, name, np.ascontiguousarray(arrays[name]))
+        self._arrays = (self.first_child.ctypes.data, self.token.ctypes.data, self.token.size)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, threads: int = 1) -> NumpyTrie:
+        """Reads what `PrefixTrie.save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is foreign, truncated or damaged.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"path is {os.fspath(path)!r}, which is not a file")
+        try:
+            with safe_open(path, framework="np") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT or set(file.keys()) != set(ARRAYS):
+                    raise ValueError(f"its format is {metadata.get('format')!r}, needs {FORMAT!r}")
+                arrays = {name: file.get_tensor(name) for name in ARRAYS}
+            if fingerprint(arrays) != metadata.get("fingerprint"):
+                raise ValueError("its arrays do not match its fingerprint, so it is damaged")
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(f"path {os.fspath(path)!r} is not a saved PrefixTrie: {error}") from error
+        trie = object.__new__(cls)
+        trie._adopt(arrays, threads)
+        return trie
+
+    @property
+    def num_items(self) -> int:
+        return self.item_node.size
+
+    @property
+    def num_nodes(self) -> int:
+        return self.token.size
+
+    def items(self, node: int) -> NDArray[np.int32]:
+        """The items that end exactly at a node, ascending."""
+        if not 0 <= node < self.num_nodes:
+            raise ValueError(f"node is {node}, needs 0 .. {self.num_nodes - 1}")
+        below = self.item_count[self.first_child[node] : self.first_child[node + 1]].sum()
+        first = self.first_item[node]
+        return self.item_order[first : first + self.item_count[node] - below]
+
+    def walk(self, tokens: Any, start: Any = 0) -> NDArray[np.int64]:
+        """The node after each token, -1 from the first off the trie on: (R, T), int or (R) -> (R, T)."""
+        tokens = _integers("tokens", tokens)
+        if tokens.ndim < 1:
+            raise ValueError("tokens has shape (), needs at least one dimension")
+        start = _integers(
+            "start", np.broadcast_to(start, tokens.shape[:-1]) if np.ndim(start) == 0 else start
+        )
+        if start.shape != tokens.shape[:-1]:
+            raise ValueError(f"start has shape {start.shape}, needs {tokens.shape[:-1]}")
+        nodes = np.empty_like(tokens)
+        self._core.walk(
+            self._arrays, tokens.ctypes.data, start.ctypes.data, start.size, tokens.shape[-1],
+            nodes.ctypes.data, self.threads,
+        )  # fmt: skip
+        return nodes
+
+    def log_softmax(self, logits: NDArray[Any], nodes: Any) -> NDArray[Any]:
+        """log_softmax over the children of each row's node, -inf elsewhere.
+
+        Args:
+            logits: (R, V) float32, float64 or float16; tokens of the trie below V.
+            nodes: (R) integers.
+
+        Returns:
+            (R, V) float32, float64 for float64 logits.
+
+        Raises:
+            TypeError, ValueError: an argument has the wrong type, shape or vocabulary.
+        """
+        rows, nodes = self._rows(logits, nodes)
+        out = np.empty(logits.shape, dtype=_sums(rows))
+        self._core.log_softmax(self._arrays, _raw(rows), nodes.ctypes.data, out.ctypes.data, self.threads)
+        return out
+
+    def sample(
+        self, logits: NDArray[Any], nodes: Any, generator: np.random.Generator, *, temperature: float = 1.0
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[Any]]:
+        """Draws a child of each row's node from softmax(logits / temperature) over its children.
+
+        One uniform number a row inverts the CDF, so the generator's seed fixes the draws.
+
+        Args:
+            logits: (R, V) float32, float64 or float16; tokens of the trie below V.
+            nodes: (R) integers.
+            generator: NumPy's.
+            temperature: above 0.
+
+        Returns:
+            tokens and nodes reached, int64 (R), and their log-probs at temperature 1, float32 (float64 for
+            float64 logits). A row with nothing to draw (a leaf, or -1) gives -1, -1 and 0.
+
+        Raises:
+            TypeError, ValueError: an argument has the wrong type, shape, vocabulary or range.
+        """
+        rows, nodes = self._rows(logits, nodes)
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"temperature is {temperature}, needs a finite number above 0")
+        uniform = generator.random(nodes.shape)
+        tokens, reached = np.empty_like(nodes), np.empty_like(nodes)
+        log_probs = np.empty(nodes.shape, dtype=_sums(rows))
+        self._core.sample(
+            self._arrays, _raw(rows), nodes.ctypes.data, np.asarray(uniform).ctypes.data, temperature,
+            tokens.ctypes.data, reached.ctypes.data, log_probs.ctypes.data, self.threads,
+        )  # fmt: skip
+        return tokens, reached, log_probs
+
+    def _rows(self, logits: NDArray[Any], nodes: Any) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """`logits` as (1, R, V), a view wherever strides allow, and `nodes` as the core reads them."""
+        if not isinstance(logits, np.ndarray):
+            raise TypeError(f"logits is a {type(logits).__name__}, needs a numpy.ndarray")
+        if logits.dtype.name not in _DTYPES or not logits.dtype.isnative:
+            raise TypeError(f"logits has dtype {logits.dtype}, needs one of {', '.join(_DTYPES)}")
+        nodes = _integers("nodes", nodes)
+        if logits.ndim < 1 or logits.shape[:-1] != nodes.shape:
+            raise ValueError(f"nodes has shape {nodes.shape}, needs {logits.shape[:-1]} like logits' rows")
+        most = int(self.token.max())
+        if most >= logits.shape[-1]:
+            raise ValueError(
+                f"logits has {logits.shape[-1]} columns, needs more than the largest token, {most}"
+            )
+        if not logits.flags.aligned or any(stride % logits.itemsize for stride in logits.strides):
+            logits = np.ascontiguousarray(logits)
+        return logits.reshape(1, nodes.size, logits.shape[-1]), nodes
+
+
+def _compiled_core() -> ModuleType:
+    try:
+        from gflowgr import _core
+    except ImportError as error:
+        raise ImportError(
+            "the C++ extension is not compiled; reinstall with `pip install .` and a C++20 compiler"
+        ) from error
+    return _core
+
+
+def _raw(rows: NDArray[Any]) -> tuple[int, ...]:
+    strides = (stride // rows.itemsize for stride in rows.strides)
+    return (rows.ctypes.data, _DTYPES[rows.dtype.name], *rows.shape, *strides, 0)
+
+
+def _sums(rows: NDArray[Any]) -> type[np.floating[Any]]:
+    return np.float64 if rows.dtype == np.float64 else np.float32
+
+
+def _integers(name: str, values: Any) -> NDArray[np.int64]:
+    array = np.asarray(values)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name} has dtype {array.dtype}, needs integers")
+    return np.ascontiguousarray(array, dtype=np.int64).reshape(array.shape)
