@@ -114,7 +114,9 @@ class Walks(Dataset[Tensor]):
 
     def __getitem__(self, index: int) -> Tensor:
         torch.set_num_threads(2)
-        rows = {name: v if name == "r" else v[index * 1000 : (index + 1) * 1000] for name, v in self.x.items()}
+        rows = {
+            name: v if name == "r" else v[index * 1000 : (index + 1) * 1000] for name, v in self.x.items()
+        }
         return ops.trie_token_log_probs(rows["logits"], rows["paths"], self.trie, backend="cpp")
 
 

@@ -134,6 +134,11 @@ def start_nodes(start: int | Tensor, tokens: Tensor) -> Tensor:
     return start
 
 
+def in_shape(value: Tensor, shape: torch.Size) -> Tensor:
+    """A view of that shape, or `value` itself where it has it already: wrappers such as FSDP2 hook results."""
+    return value if value.shape == shape else value.view(shape)
+
+
 def as_paths(logits: Tensor) -> Tensor:
     """Logits (..., T, V) as (B, T, V); a view wherever the strides allow one."""
     if logits.dim() == 3:

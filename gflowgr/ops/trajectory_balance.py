@@ -61,7 +61,7 @@ def trajectory_balance(
         None if weights is None else weights.reshape(-1),
         backend,
     )
-    return reference.reduce(loss.view(like.shape), None, reduction)
+    return reference.reduce(_checks.in_shape(loss, like.shape), None, reduction)
 
 
 def trie_trajectory_balance(
@@ -124,7 +124,7 @@ def trie_trajectory_balance(
         None if weights is None else weights.reshape(-1),
         backend,
     )
-    return reference.reduce(loss.view(tokens.shape[:-1]), None, reduction)
+    return reference.reduce(_checks.in_shape(loss, tokens.shape[:-1]), None, reduction)
 
 
 def _setup_balance(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -87,7 +87,7 @@ def trie_linear_token_log_probs(
             hidden, weight, tokens, trie, bias, start, first_token, scale, softcap
         )
     rows = hidden.shape[:-2].numel()
-    return _linear(
+    log_probs = _linear(
         hidden.reshape(rows, *hidden.shape[-2:]),
         weight,
         bias,
@@ -103,7 +103,8 @@ def trie_linear_token_log_probs(
         softcap,
         sparse_grad,
         backend,
-    ).view(tokens.shape)
+    )
+    return _checks.in_shape(log_probs, tokens.shape)
 
 
 class _Step(NamedTuple):

@@ -43,7 +43,7 @@ def trie_log_softmax(
     out = _log_softmax(
         paths, nodes.reshape(paths.shape[:-1]), trie.first_child, trie.token, trie.max_children, backend
     )
-    return out.view(logits.shape)
+    return _checks.in_shape(out, logits.shape)
 
 
 def _fake(

@@ -73,7 +73,11 @@ def trie_sample(
         temperature,
         backend,
     )
-    return tokens.view(nodes.shape), reached.view(nodes.shape), log_probs.view(nodes.shape)
+    return (
+        _checks.in_shape(tokens, nodes.shape),
+        _checks.in_shape(reached, nodes.shape),
+        _checks.in_shape(log_probs, nodes.shape),
+    )
 
 
 def _fake(

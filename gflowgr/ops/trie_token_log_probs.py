@@ -50,7 +50,7 @@ def trie_token_log_probs(
     if backend == "torch":
         return reference.trie_token_log_probs(logits, tokens, trie, start)
     paths = _checks.as_paths(logits)
-    return _token_log_probs(
+    log_probs = _token_log_probs(
         paths,
         tokens.reshape(paths.shape[:-1]),
         start.reshape(paths.shape[0]),
@@ -59,7 +59,8 @@ def trie_token_log_probs(
         trie.max_children,
         0,
         backend,
-    ).view(tokens.shape)
+    )
+    return _checks.in_shape(log_probs, tokens.shape)
 
 
 def _fake(
