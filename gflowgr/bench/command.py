@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 from gflowgr.bench.cases import CASES
+from gflowgr.bench.checks import WrongResultError
 from gflowgr.bench.configurations import CONFIGURATIONS
 from gflowgr.bench.plans import DTYPES, plan
+from gflowgr.bench.profiling import profile
 from gflowgr.bench.runs import run
 from gflowgr.ops._registry import BACKENDS
 
@@ -59,21 +62,61 @@ def build_parser() -> argparse.ArgumentParser:
         help="no more rounds, once three are made, after this time for an op in a pass; default: %(default)s",
     )
     parser.add_argument("--seed", type=int, help="of the inputs; default: another one each time")
+    parser.add_argument(
+        "--profile",
+        metavar="FOLDER",
+        help="instead: one op on one configuration beside its definition under torch.profiler; prints the "
+        "top kernels and allocations, writes a Chrome trace and an HTML page into the folder",
+    )
+    parser.add_argument(
+        "--plot",
+        nargs="?",
+        const=".",
+        metavar="CHECKOUT",
+        help="instead: make the README's table and the figures of docs/ from benchmarks/results/ops.csv",
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="with --plot: see whether README and table agree"
+    )
     parser.add_argument("--output", metavar="FILE.csv", help="append the table to this file")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs `gflowgr bench`: 0 when all is measured, 1 when a result was wrong, 2 for a wrong argument."""
+    """Runs `gflowgr bench`: 0 when all went well, 1 when a result was wrong, 2 for a wrong argument."""
     arguments = vars(build_parser().parse_args(argv))
+    folder, checkout, check = (arguments.pop(name) for name in ("profile", "plot", "check"))
+    write = partial(print, flush=True)
     try:
+        if checkout is not None:
+            return _plot(Path(checkout), check, write)
+        if check:
+            raise ValueError("check goes with plot")
         planned = plan(**arguments)
+        if folder is not None:
+            profile(planned, Path(folder), write)
+            return 0
     except ValueError as error:
         print(f"gflowgr bench: error: {error}", file=sys.stderr)
         return 2
-    report = run(planned, partial(print, flush=True))
+    except WrongResultError as error:
+        print(f"gflowgr bench: {error}", file=sys.stderr)
+        return 1
+    report = run(planned, write)
     if report.refused:
         print(
             f"gflowgr bench: {len(report.refused)} result(s) were wrong and are not reported", file=sys.stderr
         )
     return 1 if report.refused else 0
+
+
+def _plot(checkout: Path, check: bool, write: Callable[[str], None]) -> int:
+    from gflowgr.bench.plots import disagreement, plot
+
+    if not check:
+        plot(checkout, write)
+        return 0
+    found = disagreement(checkout)
+    if found:
+        print(f"gflowgr bench: {found}", file=sys.stderr)
+    return 1 if found else 0

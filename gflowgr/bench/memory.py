@@ -25,12 +25,9 @@ def peak_bytes(run: Callable[[], Any], cuda: bool) -> int:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "trace.json")
-        with silent_stderr(), torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
-            run()
-        profiler.export_chrome_trace(str(path))
-        trace = json.loads(path.read_text())["traceEvents"]
+    with silent_stderr(), torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+        run()
+    trace = chrome_trace(profiler)["traceEvents"]
     changes = sorted(
         (event["ts"], event["args"]["Bytes"]) for event in trace if event.get("name") == "[memory]"
     )
@@ -39,6 +36,15 @@ def peak_bytes(run: Callable[[], Any], cuda: bool) -> int:
         held += change
         peak = max(peak, held)
     return peak
+
+
+def chrome_trace(profiler: torch.profiler.profile) -> dict[str, Any]:
+    """What a profiler recorded, in the format of chrome://tracing."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(path))
+        trace: dict[str, Any] = json.loads(path.read_text())
+    return trace
 
 
 def peak_rss_bytes(run: Callable[[], Any], repeats: int = 3) -> int:

@@ -27,7 +27,7 @@ DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float1
 SWEPT_OPS = ("trie_sample", "trie_token_log_probs")
 SWEPT_CONFIGURATIONS = ("4",)
 SWEPT_ITEMS = (10**4, 10**5, 10**6, 10**7)
-SWEPT_BYTES = 75  # a token of the catalogue: what building and measuring takes at the most
+SWEPT_BYTES = 30  # a token of the catalogue: what building and measuring takes at the most
 
 
 @dataclass(frozen=True)
