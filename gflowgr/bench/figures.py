@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING
 
 from gflowgr.bench.results import SWEPT, Result
@@ -26,7 +27,7 @@ def svg(figure: Figure) -> str:
     return stream.getvalue()
 
 
-def _whole(results: Iterable[Result]) -> list[Result]:
+def drawn_in_rows(results: Iterable[Result]) -> list[Result]:
     """Of each setting, the pass that goes furthest; the sweep and the trie's construction aside."""
     chosen: dict[tuple[str, ...], Result] = {}
     for each in results:
@@ -34,17 +35,17 @@ def _whole(results: Iterable[Result]) -> list[Result]:
             key = (each.op, each.config, each.dtype, each.device)
             if key not in chosen or each.direction == "forward+backward":
                 chosen[key] = each
-    return list(chosen.values())
+    return [each for each in chosen.values() if len(each.rows) > 1]
 
 
 def _name(each: Result, devices: int) -> str:
     where = f", {each.device}" if devices > 1 else ""
-    return f"{each.op}, {each.config}, {each.dtype}{where}"
+    return f"{each.op}, configuration {each.config}, {each.dtype}{where}"
 
 
 def speed_figure(results: Iterable[Result]) -> Figure | None:
     """How many times longer others take than the op, for each configuration."""
-    chosen = [each for each in _whole(results) if len(each.rows) > 1]
+    chosen = drawn_in_rows(results)
     kinds: dict[str, Callable[[Result], str | None]] = {
         "definition in plain PyTorch": lambda each: "reference" if "reference" in each.rows else None,
         "dense mask": lambda each: each.dense,
@@ -54,12 +55,14 @@ def speed_figure(results: Iterable[Result]) -> Figure | None:
         label: {row: each.ratio(name) for row, each in enumerate(chosen) if (name := pick(each)) is not None}
         for label, pick in kinds.items()
     }
-    return _dots(chosen, points, "times the op's own time (forward and backward where there is one)", 1.0)
+    return _dots(
+        chosen, points, "their time over the op's (forward and backward where there is a backward)", 1.0
+    )
 
 
 def memory_figure(results: Iterable[Result]) -> Figure | None:
     """Peak memory of the op, its definition and the dense mask, for each configuration."""
-    chosen = [each for each in _whole(results) if len(each.rows) > 1]
+    chosen = drawn_in_rows(results)
     kinds: dict[str, Callable[[Result], str | None]] = {
         "gflowgr": lambda each: "",
         "definition in plain PyTorch": lambda each: "reference" if "reference" in each.rows else None,
@@ -83,15 +86,11 @@ def _dots(
     if not chosen:
         return None
     figure, (axes,) = _panels(1, 9.0, 1.3 + 0.27 * len(chosen))
-    for place, (kind, values) in enumerate(points.items()):
-        axes.plot(
-            list(values.values()),
-            list(values),
-            "o^s"[place],
-            color=_colours()[place],
-            markersize=5.5,
-            label=kind,
-        )
+    ours, *others = _colours()
+    free = iter(zip(others, "^sD", strict=False))
+    for kind, values in points.items():
+        colour, marker = (ours, "o") if kind == "gflowgr" else next(free)
+        axes.plot(list(values.values()), list(values), marker, color=colour, markersize=5.5, label=kind)
     axes.set_xscale("log")
     devices = len({each.device for each in chosen})
     axes.set_yticks(
@@ -110,38 +109,45 @@ def _dots(
 
 
 def catalogue_figure(results: Iterable[Result]) -> Figure | None:
-    """Milliseconds a call against the size of the catalogue, a panel for each op and pass."""
-    panels: dict[tuple[str, str], list[Result]] = defaultdict(list)
+    """Milliseconds a call against the size of the catalogue, a panel for each op, pass and device."""
+    panels: dict[tuple[str, str, str], list[Result]] = defaultdict(list)
     for each in results:
         if SWEPT in each.config:
-            panels[each.op, each.direction].append(each)
+            panels[each.op, each.direction, each.device].append(each)
     if not panels:
         return None
-    figure, places = _panels(len(panels))
-    for axes, ((op, direction), swept) in zip(places, panels.items(), strict=True):
+    figure, places = _panels(len(panels), 4.3, 4.0)
+    names = list(dict.fromkeys(name for swept in panels.values() for each in swept for name in each.rows))
+    colours = dict(zip(names, cycle(_colours()), strict=False))
+    shown = {}
+    devices = len({device for _, _, device in panels})
+    for axes, ((op, direction, device), swept) in zip(places, panels.items(), strict=True):
         lines: dict[str, list[tuple[int, float]]] = defaultdict(list)
         for each in swept:
             items = int(each.config.partition(SWEPT)[2].partition(":")[0])
             for name, row in each.rows.items():
                 lines[name].append((items, float(row["median_ms"])))
-        for place, (name, line) in enumerate(lines.items()):
+        for name, line in lines.items():
             x, y = zip(*sorted(line), strict=True)
-            axes.plot(
-                x, y, "o-", markersize=4, linewidth=2.4 if not name else 1.2,
-                color=_colours()[place % len(_colours())], label=name or "gflowgr",
-            )  # fmt: skip
+            width = 1.2 if name else 2.4
+            (shown[name],) = axes.plot(x, y, "o-", markersize=4, linewidth=width, color=colours[name])
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.set_title(f"{op}, {direction}", fontsize=9, color="#1d2126")
+        where = f"\n{device}" if devices > 1 else ""
+        axes.set_title(f"{op}, {direction}{where}", fontsize=9, color="#1d2126")
         axes.set_xlabel("items of the catalogue")
         axes.set_ylabel("ms a call")
         axes.grid(color="#eceef1")
-        axes.legend(frameon=False, fontsize=7)
+    labels = [name or "gflowgr" for name in shown]
+    figure.legend(
+        list(shown.values()), labels, loc="outside lower center", ncols=8, frameon=False, fontsize=8
+    )
     return figure
 
 
 def _colours() -> tuple[str, ...]:
+    """That of gflowgr, then those of others."""
     from gflowgr.report import COLOURS, GREY
 
     return (*COLOURS, GREY, "#c2185b")

@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from gflowgr.bench.figures import catalogue_figure, memory_figure, speed_figure, svg
+from gflowgr.bench.figures import catalogue_figure, drawn_in_rows, memory_figure, speed_figure, svg
 from gflowgr.bench.results import SWEPT, Result, read_results
 
 TABLE = Path("benchmarks", "results", "ops.csv")
 README = Path("README.md")
-FIGURES = Path("docs")
+SPEED, CATALOGUE, MEMORY = (Path("docs", f"bench-{what}.svg") for what in ("speed", "catalogue", "memory"))
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 NONE = "\N{EN DASH}"
 
 
-def readme_table(results: Iterable[Result]) -> str:
+def readme_table(results: Sequence[Result]) -> str:
     """The README's block, with a table for each device; the sweep over catalogue sizes has its figure."""
     shown = sorted((each for each in results if SWEPT not in each.config), key=lambda each: each.device)
     blocks = [
         _device_table(device, list(group)) for device, group in groupby(shown, key=lambda each: each.device)
     ]
-    return "\n\n".join(blocks) if blocks else f"`{TABLE.as_posix()}` has no rows yet."
+    if not results:
+        return f"`{TABLE.as_posix()}` has no rows yet."
+    return "\n\n".join([*blocks, *(f"![{words}]({path.as_posix()})" for path, words in _shown(results))])
+
+
+def _shown(results: Sequence[Result]) -> list[tuple[Path, str]]:
+    """The figures that there are results for, and what each shows."""
+    figures = []
+    if drawn_in_rows(results):
+        figures += [(SPEED, "Speed beside others, for each configuration"), (MEMORY, "Peak memory of a call")]
+    if any(SWEPT in each.config for each in results):
+        figures.append((CATALOGUE, "Cost of a call against the size of the catalogue"))
+    return figures
 
 
 def _device_table(device: str, results: Sequence[Result]) -> str:
@@ -75,9 +87,11 @@ def disagreement(checkout: Path) -> str | None:
         ValueError: the checkout lacks the table of results or the place for it.
     """
     readme = _readme(checkout)
-    if readme == _replaced(readme, readme_table(read_results(checkout / TABLE))):
-        return None
-    return f"{README} does not show the results of {TABLE}; 'gflowgr bench --plot' makes its table anew"
+    results = read_results(checkout / TABLE)
+    if readme != _replaced(readme, readme_table(results)):
+        return f"{README} does not show the results of {TABLE}; 'gflowgr bench --plot' makes its table anew"
+    missing = [path.as_posix() for path, _ in _shown(results) if not (checkout / path).is_file()]
+    return f"{', '.join(missing)} is missing; 'gflowgr bench --plot' draws it" if missing else None
 
 
 def _readme(checkout: Path) -> str:
@@ -97,14 +111,14 @@ def plot(checkout: Path, write: Callable[[str], None] = print) -> list[Path]:
 
     results = read_results(checkout / TABLE)
     texts = {checkout / README: _replaced(_readme(checkout), readme_table(results))}
-    for name, draw in (
-        ("bench-speed.svg", speed_figure),
-        ("bench-catalogue.svg", catalogue_figure),
-        ("bench-memory.svg", memory_figure),
+    for path, draw in (
+        (SPEED, speed_figure),
+        (CATALOGUE, catalogue_figure),
+        (MEMORY, memory_figure),
     ):
         figure = draw(results)
         if figure is not None:
-            texts[checkout / FIGURES / name] = svg(figure)
+            texts[checkout / path] = svg(figure)
     for path, text in texts.items():
         write_text(path, text)
         write(f"wrote {path}")

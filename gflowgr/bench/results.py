@@ -70,5 +70,6 @@ def read_results(path: Path, threads: int = 1) -> list[Result]:
         latest = max(row["date"] for row in found)
         run = {row["baseline"]: row for row in found if row["date"] == latest}
         if "" in run:
-            results.append(Result(*key, run))
+            op, config, dtype, direction, device = key
+            results.append(Result(op, config, dtype, direction, device, run))
     return results
