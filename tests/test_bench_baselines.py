@@ -79,7 +79,11 @@ def test_padding_goes_to_the_widest_node_of_the_levels_where_rows_stand(save: An
 def test_candidates_are_exact_once_they_are_the_whole_vocabulary(save: Any) -> None:
     case, given = problem("trie_sample", save(CODES))
     wide = replace(given, configuration=replace(given.configuration, beam=35))
-    checked(case, wide, "searchsorted")
+    inputs = case.inputs(wide)
+    tokens, nodes, log_probs = case.baselines["searchsorted"].ready(wide, [inputs])(wide, inputs)
+    assert torch.equal(reference.trie_walk(tokens[:, None], inputs["nodes"], wide.trie)[:, 0], nodes)
+    dense = reference.trie_log_softmax(inputs["logits"].double(), inputs["nodes"], wide.trie)
+    torch.testing.assert_close(log_probs.double(), dense.gather(1, tokens[:, None])[:, 0], atol=1e-5, rtol=0)
 
 
 def test_candidates_are_children_or_none(save: Any) -> None:
@@ -183,6 +187,8 @@ def test_compiling_needs_a_compiler(save: Any, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.slow
+# Inductor itself still calls what torch.jit no longer wants called.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_trajectory_balance_computes_the_same(save: Any) -> None:
     case, given = problem("trie_trajectory_balance", save(CODES), compile=True)
