@@ -41,7 +41,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--depth", type=int, metavar="D", help="decoding: all rows at nodes of depth D; default: random ones"
     )
-    parser.add_argument("--codes", metavar="FILE.npy", help="real codes (N, L) instead of synthetic ones")
+    parser.add_argument(
+        "--codes",
+        metavar="FILE.npy",
+        help="codes (N, L) of your own instead of synthetic ones; on configuration 1 unless asked otherwise",
+    )
     parser.add_argument(
         "--sweep",
         action="store_true",

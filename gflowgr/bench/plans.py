@@ -108,7 +108,9 @@ def plan(
     everywhere = (op is not None and config is not None) or sweep
     jobs: list[Job] = []
     skipped: list[str] = []
-    for name in config or (SWEPT_CONFIGURATIONS if sweep else CONFIGURATIONS):
+    # With codes of one's own the configurations differ in little else than the vocabulary.
+    usual = SWEPT_CONFIGURATIONS if sweep else ("1",) if codes is not None else tuple(CONFIGURATIONS)
+    for name in config or usual:
         chosen = CONFIGURATIONS[name]
         if codes is not None:
             chosen = chosen.with_codes(os.fspath(codes), read_codes(os.fspath(codes)))
