@@ -22,7 +22,7 @@ _SUBJECT = ' class="subject"'
 TITLES = {"gflowgr": "gflowgr", "reference": "definition in plain PyTorch"}
 EXTRA_STYLE = """
 section h3 { margin-top: 1.4rem; } header p.facts { max-width: none; } .wide + .wide { margin-top: 1.4rem; }
-svg { display: block; width: 100%; min-width: 640px; height: auto; font: 11px system-ui, sans-serif; }
+svg { display: block; width: 100%; min-width: 900px; height: auto; font: 11px system-ui, sans-serif; }
 svg text { fill: #59616b; } svg .label { fill: #fff; pointer-events: none; }
 svg .axis { stroke: #b9c0c9; } svg .grid { stroke: #eceef1; }
 .wide td:first-child { white-space: normal; overflow-wrap: anywhere; max-width: 34ch; }
@@ -264,12 +264,17 @@ def _tables(comparison: Comparison) -> str:
     return f'<div class="pair">{halves}</div>'
 
 
+def _share(part: float, whole: float) -> str:
+    share = part / whole if whole else 0.0
+    return "&lt;1%" if 0 < share < 0.005 else f"{share:.0%}"
+
+
 def _kernels(each: Profiled) -> str:
     kernels = each.trace.kernels()
     whole = sum(taken for _, _, taken in kernels)
     rows = "".join(
         f"<tr><td>{escape(name)}</td><td>{calls}</td><td>{duration(taken)}</td>"
-        f"<td>{taken / whole if whole else 0:.0%}</td></tr>"
+        f"<td>{_share(taken, whole)}</td></tr>"
         for name, calls, taken in kernels[:ROWS]
     )
     return (
