@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <vector>
 
 #include "policy.hpp"
 
@@ -17,43 +18,61 @@ struct ItemTrie {
   const std::int32_t* item_order;
   std::int64_t items;
 
-  std::int64_t ending_at(std::int64_t node) const {
-    std::int64_t ending = item_count[node];
-    const Children kids = trie.children(node);
-    for (std::int64_t child = 0; child < kids.count; ++child) ending -= item_count[kids.first + child];
-    return ending;
+  // How many items end at each node.
+  std::vector<std::int32_t> ending() const {
+    std::vector<std::int32_t> counts(item_count, item_count + trie.nodes);
+    for (std::int64_t node = 0; node < trie.nodes; ++node)
+      for (std::int64_t child = trie.first_child[node]; child < trie.first_child[node + 1]; ++child)
+        counts[node] -= item_count[child];
+    return counts;
   }
 };
+
+// Vectors pay from this many parts of a sum on.
+constexpr std::int64_t kFewParts = 8;
+
+// The log of the summed exponentials; -inf where there is nothing to sum, NaN where there is one.
+template <class S>
+S log_sum(const S* parts, std::int64_t count, std::vector<S>& scratch) {
+  if (count == 1) return parts[0];
+  S peak = largest(parts, count);
+  for (std::int64_t i = 0; i < count && std::isinf(peak); ++i)
+    if (std::isnan(parts[i])) peak = parts[i];
+  if (!std::isfinite(peak)) return peak;
+  double total = 0;
+  if (count < kFewParts) {
+    for (std::int64_t i = 0; i < count; ++i) total += std::exp(parts[i] - peak);
+  } else {
+    scratch.resize(count);
+    total = exp_differences(parts, count, peak, scratch.data());
+  }
+  return peak + std::log(static_cast<S>(total));
+}
 
 // log_flows (B, nodes) from log_rewards (B, N): each node sums its own items and its children, deepest first.
 template <class S>
 void log_flows(const ItemTrie& tree, const S* log_rewards, std::int64_t batch, S* log_flows, int threads) {
   const Trie& trie = tree.trie;
+  const std::vector<std::int32_t> ending_at = tree.ending();
   parallel_for(batch, 1, threads, [&](std::int64_t begin, std::int64_t end) {
+    std::vector<S> parts, scratch;
     for (std::int64_t b = begin; b < end; ++b) {
       const S* rewards = log_rewards + b * tree.items;
       S* flows = log_flows + b * trie.nodes;
       for (std::int64_t node = trie.nodes - 1; node >= 0; --node) {
         const Children kids = trie.children(node);
-        const std::int64_t ending = kids.count == 0 ? tree.item_count[node] : tree.ending_at(node);
+        const std::int64_t ending = ending_at[node];
         const std::int32_t* own = tree.item_order + tree.first_item[node];
         const S* below = flows + kids.first;
-        if (ending + kids.count == 1) {
-          flows[node] = ending == 1 ? rewards[own[0]] : below[0];
-          continue;
+        if (ending == 0) {
+          flows[node] = log_sum(below, kids.count, scratch);
+        } else if (ending + kids.count == 1) {
+          flows[node] = rewards[own[0]];
+        } else {
+          parts.assign(below, below + kids.count);
+          for (std::int64_t i = 0; i < ending; ++i) parts.push_back(rewards[own[i]]);
+          flows[node] = log_sum(parts.data(), ending + kids.count, scratch);
         }
-        S peak = -std::numeric_limits<S>::infinity();
-        const auto raise = [&](S value) { peak = value > peak || std::isnan(value) ? value : peak; };
-        for (std::int64_t i = 0; i < ending; ++i) raise(rewards[own[i]]);
-        for (std::int64_t i = 0; i < kids.count; ++i) raise(below[i]);
-        if (std::isinf(peak)) {
-          flows[node] = peak;
-          continue;
-        }
-        double total = 0;
-        for (std::int64_t i = 0; i < ending; ++i) total += std::exp(rewards[own[i]] - peak);
-        for (std::int64_t i = 0; i < kids.count; ++i) total += std::exp(below[i] - peak);
-        flows[node] = peak + static_cast<S>(std::log(total));
       }
     }
   });
@@ -64,19 +83,31 @@ template <class S>
 void log_flows_backward(const ItemTrie& tree, const S* grad, const S* log_rewards, const S* log_flows,
                         std::int64_t batch, S* grad_rewards, int threads) {
   const Trie& trie = tree.trie;
+  const std::vector<std::int32_t> ending_at = tree.ending();
   parallel_for(batch, 1, threads, [&](std::int64_t begin, std::int64_t end) {
     std::vector<double> reaching(trie.nodes);
+    std::vector<S> shares;
     for (std::int64_t b = begin; b < end; ++b) {
       const S* rewards = log_rewards + b * tree.items;
       const S* flows = log_flows + b * trie.nodes;
       std::copy(grad + b * trie.nodes, grad + (b + 1) * trie.nodes, reaching.begin());
       for (std::int64_t node = 0; node < trie.nodes; ++node) {
         const bool carries = flows[node] > -std::numeric_limits<S>::infinity();
-        const auto share = [&](S part) { return carries ? reaching[node] * std::exp(part - flows[node]) : 0.0; };
         const Children kids = trie.children(node);
-        for (std::int64_t i = 0; i < kids.count; ++i) reaching[kids.first + i] += share(flows[kids.first + i]);
-        const std::int64_t ending = kids.count == 0 ? tree.item_count[node] : tree.ending_at(node);
+        const std::int64_t ending = ending_at[node];
         const std::int32_t* own = tree.item_order + tree.first_item[node];
+        // What is the only part has all of it.
+        const auto share = [&](S part) {
+          if (!carries) return 0.0;
+          return reaching[node] * (ending + kids.count == 1 ? 1.0 : std::exp(part - flows[node]));
+        };
+        if (kids.count < kFewParts) {
+          for (std::int64_t i = 0; i < kids.count; ++i) reaching[kids.first + i] += share(flows[kids.first + i]);
+        } else if (carries) {
+          shares.resize(kids.count);
+          exp_differences(flows + kids.first, kids.count, flows[node], shares.data());
+          for (std::int64_t i = 0; i < kids.count; ++i) reaching[kids.first + i] += reaching[node] * shares[i];
+        }
         for (std::int64_t i = 0; i < ending; ++i)
           grad_rewards[b * tree.items + own[i]] = static_cast<S>(share(rewards[own[i]]));
       }

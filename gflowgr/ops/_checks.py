@@ -135,7 +135,7 @@ def start_nodes(start: int | Tensor, tokens: Tensor) -> Tensor:
 
 
 def in_shape(value: Tensor, shape: torch.Size) -> Tensor:
-    """A view of that shape, or `value` itself where it has it already: wrappers such as FSDP2 hook results."""
+    """A view of that shape, or `value` itself if it has it: wrappers such as FSDP2 hook results."""
     return value if value.shape == shape else value.view(shape)
 
 

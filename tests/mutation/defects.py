@@ -258,8 +258,8 @@ DEFECTS = [
     # Flows
     Defect(
         "csrc/flows.hpp",
-        "for (std::int64_t i = 0; i < ending; ++i) total += std::exp(rewards[own[i]] - peak);",
-        "for (std::int64_t i = 0; i < ending && i < 1; ++i) total += std::exp(rewards[own[i]] - peak);",
+        "for (std::int64_t i = 0; i < ending; ++i) parts.push_back(rewards[own[i]]);",
+        "for (std::int64_t i = 0; i < ending; ++i) parts.push_back(i < 1 ? rewards[own[i]] : -1e9f);",
         "of colliding items one counts",
         VALUES,
     ),
@@ -446,6 +446,13 @@ DEFECTS = [
         "False",
         "a dispatch mode does not see the ops",
         "test_torch_library.py -k past",
+    ),
+    Defect(
+        "csrc/flows.hpp",
+        "reaching[kids.first + i] += reaching[node] * shares[i];",
+        "reaching[kids.first + i] += shares[i];",
+        "of many children each has its share of 1 instead of the parent's gradient",
+        GRADIENTS,
     ),
     Defect(
         "csrc/exponentials.cpp",
