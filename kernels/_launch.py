@@ -4,13 +4,43 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-MAX_BLOCK = 1024
+MAX_PROGRAMS = 2**31 - 1
+
+
+class Tile(NamedTuple):
+    """Rows a program, columns of them at a time, and the warps that share the tile."""
+
+    ROWS: int
+    BLOCK: int
+    num_warps: int
+
+
+# The tile of a kernel that reads children, by the largest number of children in the trie: a warp has 128 of
+# them, four a lane, and the rows of a narrow trie share one. Chosen by reasoning; no GPU has tuned it yet.
+CHILD_TILES = {
+    4: Tile(32, 4, 1),
+    8: Tile(16, 8, 1),
+    16: Tile(8, 16, 1),
+    32: Tile(4, 32, 1),
+    64: Tile(2, 64, 1),
+    128: Tile(1, 128, 1),
+    256: Tile(1, 256, 2),
+    512: Tile(1, 512, 4),
+}
+WIDEST_CHILD_TILE = Tile(1, 1024, 8)
+# The other kernels, each with one tile whatever its sizes.
+WALK_ROWS, WALK_WARPS = 32, 1
+TRAJECTORY_TILE = Tile(32, 16, 4)
+SHARED_FLOWS_TILE = Tile(8, 128, 4)
+ITEM_TILE = Tile(32, 16, 4)
+# Items whose rewards are summed once and for all nodes above them.
+ITEM_CHUNK = 256
 
 
 def kernel(function: Callable[..., None]) -> Any:
@@ -24,19 +54,29 @@ def kernel(function: Callable[..., None]) -> Any:
     return triton.jit(function, do_not_specialize=runtime)
 
 
-def launch(function: Any, programs: int, *arguments: Any, **options: Any) -> None:
-    """Runs `programs` programs on the device of the first argument, whichever device is the current one."""
+def launch(function: Any, rows: int, *arguments: Any, ROWS: int, **options: Any) -> None:
+    """Runs a program for every `ROWS` rows on the device of the first argument, whichever is the current one.
+
+    Raises:
+        ValueError: more programs than a grid holds.
+    """
+    programs = triton.cdiv(rows, ROWS)
+    if programs > MAX_PROGRAMS:
+        raise ValueError(
+            f"{rows} rows at {ROWS} a program make {programs} programs, needs {MAX_PROGRAMS} at most; "
+            "split the batch"
+        )
     # A grid without programs is an error to CUDA.
     if programs:
         with torch.cuda.device_of(arguments[0]):
             # Triton's default differs between versions; without fusion a result is what the code says.
-            function[(programs,)](*arguments, enable_fp_fusion=False, **options)
+            function[(programs,)](*arguments, ROWS=ROWS, enable_fp_fusion=False, **options)
 
 
-def block_of(max_children: int) -> dict[str, int]:
-    """The options of a kernel that reads children in blocks: one for most nodes, several for wider ones."""
-    block = min(max(triton.next_power_of_2(max_children), 32), MAX_BLOCK)
-    return {"BLOCK": block, "num_warps": max(block // 128, 1)}
+def child_tile(max_children: int) -> dict[str, int]:
+    """The options of a kernel that reads children: one block for most nodes, several for wider ones."""
+    fitting = (tile for widest, tile in CHILD_TILES.items() if max_children <= widest)
+    return next(fitting, WIDEST_CHILD_TILE)._asdict()
 
 
 def sums_dtype(dtype: torch.dtype) -> torch.dtype:
