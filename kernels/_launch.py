@@ -35,9 +35,9 @@ CHILD_TILES = {
 }
 WIDEST_CHILD_TILE = Tile(1, 1024, 8)
 # The other kernels, each with one tile whatever its sizes.
-WALK_ROWS, WALK_WARPS = 32, 1
+WALK_TILE = Tile(32, 1, 1)
 TRAJECTORY_TILE = Tile(32, 16, 4)
-SHARED_FLOWS_TILE = Tile(8, 128, 4)
+SHARED_FLOWS_TILE = Tile(8, 64, 2)
 ITEM_TILE = Tile(32, 16, 4)
 # Items whose rewards are summed once and for all nodes above them.
 ITEM_CHUNK = 256
@@ -54,23 +54,22 @@ def kernel(function: Callable[..., None]) -> Any:
     return triton.jit(function, do_not_specialize=runtime)
 
 
-def launch(function: Any, rows: int, *arguments: Any, ROWS: int, **options: Any) -> None:
-    """Runs a program for every `ROWS` rows on the device of the first argument, whichever is the current one.
+def launch(function: Any, rows: int, *arguments: Any, **options: Any) -> None:
+    """Runs a program for every `ROWS` rows, or for each, on the device of the first argument, current or not.
 
     Raises:
         ValueError: more programs than a grid holds.
     """
-    programs = triton.cdiv(rows, ROWS)
+    programs = triton.cdiv(rows, options.get("ROWS", 1))
     if programs > MAX_PROGRAMS:
         raise ValueError(
-            f"{rows} rows at {ROWS} a program make {programs} programs, needs {MAX_PROGRAMS} at most; "
-            "split the batch"
+            f"{rows} rows make {programs} programs, needs {MAX_PROGRAMS} at most; split the batch"
         )
     # A grid without programs is an error to CUDA.
     if programs:
         with torch.cuda.device_of(arguments[0]):
             # Triton's default differs between versions; without fusion a result is what the code says.
-            function[(programs,)](*arguments, ROWS=ROWS, enable_fp_fusion=False, **options)
+            function[(programs,)](*arguments, enable_fp_fusion=False, **options)
 
 
 def child_tile(max_children: int) -> dict[str, int]:

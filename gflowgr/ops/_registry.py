@@ -32,11 +32,13 @@ CPP_OPS = frozenset(
 )
 TRITON_OPS = frozenset(
     {
+        "trie_walk",
         "trie_log_softmax",
         "trie_token_log_probs",
         "trie_sample",
         "trajectory_balance",
         "trie_trajectory_balance",
+        "flow_matching",
     }
 )
 
