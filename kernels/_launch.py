@@ -39,8 +39,8 @@ WALK_TILE = Tile(32, 1, 1)
 TRAJECTORY_TILE = Tile(32, 16, 4)
 SHARED_FLOWS_TILE = Tile(8, 64, 2)
 ITEM_TILE = Tile(32, 16, 4)
-# Items whose rewards are summed once and for all nodes above them.
-ITEM_CHUNK = 256
+# Its columns are the items whose rewards are summed once, for all the nodes above them.
+CHUNK_TILE = Tile(4, 256, 4)
 
 
 def kernel(function: Callable[..., None]) -> Any:

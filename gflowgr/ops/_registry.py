@@ -36,6 +36,7 @@ TRITON_OPS = frozenset(
         "trie_log_softmax",
         "trie_token_log_probs",
         "trie_sample",
+        "trie_log_flows",
         "trajectory_balance",
         "trie_trajectory_balance",
         "flow_matching",
