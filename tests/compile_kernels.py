@@ -1,11 +1,11 @@
 """Compiles every kernel for GPUs that need not be there, which finds what the interpreter lets pass.
 
-    python tests/compile_kernels.py                          # a JSON line for each kernel, dtype and width of trie
-    python tests/compile_kernels.py --report                 # the worst of each kernel and architecture, as a table
+    python tests/compile_kernels.py                 # a JSON line for each kernel, dtype and width of trie
+    python tests/compile_kernels.py --report        # a table: the worst of each kernel and architecture
     python tests/compile_kernels.py --sm 90 --dtype bfloat16 --children 200
 
-Reported are registers a thread, bytes spilt, shared memory and PTX, and how many versions the launches of different
-batch sizes, lengths, strides and alignments ask for. TRITON_INTERPRET must not be set.
+Reported are registers a thread, bytes spilt, bytes of shared memory and of PTX, and how many versions the
+launches of different batch sizes, lengths, strides and alignments ask for. TRITON_INTERPRET must not be set.
 """
 
 from __future__ import annotations
