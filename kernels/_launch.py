@@ -35,7 +35,8 @@ CHILD_TILES = {
 }
 WIDEST_CHILD_TILE = Tile(1, 1024, 8)
 # The other kernels, each with one tile whatever its sizes.
-WALK_TILE = Tile(32, 1, 1)
+# A walk is not told how wide the trie is.
+WALK_TILE = Tile(1, 512, 2)
 TRAJECTORY_TILE = Tile(32, 16, 4)
 SHARED_FLOWS_TILE = Tile(8, 64, 2)
 ITEM_TILE = Tile(32, 16, 4)

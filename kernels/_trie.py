@@ -35,38 +35,6 @@ def most(first, end):
 
 
 @triton.jit
-def find_child(first, end, wanted, token):
-    """The child by the token `wanted`, -1 where there is none."""
-    low = first
-    high = end
-    # A bound on what is left of any row's range, so that no step has to ask all rows.
-    left = most(first, end)
-    while left > 0:
-        middle = low + (high - low) // 2
-        unsure = low < high
-        below = unsure & (tl.load(token + middle, mask=unsure, other=0) < wanted)
-        low = tl.where(below, middle + 1, low)
-        high = tl.where(below, high, middle)
-        left = left // 2
-    found = tl.load(token + low, mask=low < end, other=-1)
-    return tl.where((low < end) & (found == wanted), low, -1)
-
-
-@triton.jit
-def walk(tokens, steps, start, first_child, token, num_nodes):
-    """The nodes that `steps` tokens lead to, -1 off the trie, and whether a padding is among them."""
-    node = start
-    padding = node != node
-    for step in range(tl.max(steps, 0).to(tl.int32)):
-        moves = step < steps
-        wanted = tl.load(tokens + step, mask=moves, other=0)
-        padding = padding | (wanted < 0)
-        first, end = children(tl.where(moves, node, -1), first_child, num_nodes)
-        node = tl.where(moves, find_child(first, end, wanted, token), node)
-    return node, padding
-
-
-@triton.jit
 def logits_row(logits, batch, step, batch_stride, step_stride):
     """Points to row (batch, step) of logits (B, T, V) with any strides."""
     return logits + batch.to(tl.int64) * batch_stride + step.to(tl.int64) * step_stride
@@ -78,6 +46,33 @@ def child_block(begin, end, token, BLOCK: tl.constexpr):
     child = begin[:, None] + tl.arange(0, BLOCK)[None, :]
     exists = child < end[:, None]
     return child, tl.load(token + child, mask=exists, other=0).to(tl.int64), exists
+
+
+@triton.jit
+def find_child(first, end, wanted, token, BLOCK: tl.constexpr):
+    """The child by the token `wanted`, -1 where there is none.
+
+    All children are compared: a binary search would wait for memory once a halving, and this once a block.
+    """
+    found = tl.zeros((first.shape[0], BLOCK), tl.int64) - 1
+    for offset in range(0, most(first, end), BLOCK):
+        child, tokens, exists = child_block(first + offset, end, token, BLOCK)
+        found = tl.where(exists & (tokens == wanted[:, None]), child, found)
+    return tl.max(found, 1)
+
+
+@triton.jit
+def walk(tokens, steps, start, first_child, token, num_nodes, BLOCK: tl.constexpr):
+    """The nodes that `steps` tokens lead to, -1 off the trie, and whether a padding is among them."""
+    node = start
+    padding = node != node
+    for step in range(tl.max(steps, 0).to(tl.int32)):
+        moves = step < steps
+        wanted = tl.load(tokens + step, mask=moves, other=0)
+        padding = padding | (wanted < 0)
+        first, end = children(tl.where(moves, node, -1), first_child, num_nodes)
+        node = tl.where(moves, find_child(first, end, wanted, token, BLOCK), node)
+    return node, padding
 
 
 @triton.jit
@@ -141,7 +136,7 @@ def step_log_prob(
 ):
     """log P_F of the tokens `wanted` at nodes, and the children by them; -inf and -1 where there is none."""
     first, end = children(node, first_child, num_nodes)
-    child = find_child(first, end, wanted, token)
+    child = find_child(first, end, wanted, token, BLOCK)
     read_end = tl.where(child >= 0, end_of_choice(first, end), first)
     chooses = read_end > first
     peak, log_total = peak_and_log_total(row, token_stride, first, read_end, token, sums, BLOCK)

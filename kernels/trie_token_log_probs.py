@@ -1,8 +1,8 @@
 """Log-probs of given tokens under the forward policy, and their gradient.
 
-One row for each token, which walks there from the start by itself: a binary search a level, in trie rows that
-all programs share in cache. One for each path would save those searches, but run its softmaxes one after
-another, and they are what takes the time; here they run side by side.
+One row for each token, which walks there from the start by itself: a search a level, in trie rows that all
+programs share in cache. One for each path would save those searches, but run its softmaxes one after another;
+here they run side by side.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _token_log_probs(
     step = tl.where(row_exists, index % steps, 0)
     path = tokens + batch * steps
     begin = tl.load(start + batch, mask=row_exists, other=-1)
-    node, padding = walk(path, step, begin, first_child, token, num_nodes)
+    node, padding = walk(path, step, begin, first_child, token, num_nodes, BLOCK)
     wanted = tl.load(path + step, mask=row_exists, other=-1)
     row = logits_row(logits, batch, step, batch_stride, step_stride) - first_token.to(tl.int64) * token_stride
     log_prob, _ = step_log_prob(row, token_stride, wanted, node, first_child, token, num_nodes, sums, BLOCK)
@@ -115,10 +115,10 @@ def _token_log_probs_backward(
     step = tl.where(row_exists, index % steps, 0)
     path = tokens + batch * steps
     begin = tl.load(start + batch, mask=row_exists, other=-1)
-    node, _ = walk(path, step, begin, first_child, token, num_nodes)
+    node, _ = walk(path, step, begin, first_child, token, num_nodes, BLOCK)
     first, end = children(node, first_child, num_nodes)
     wanted = tl.load(path + step, mask=row_exists, other=-1)
-    taken = find_child(first, end, wanted, token)
+    taken = find_child(first, end, wanted, token, BLOCK)
     read_end = tl.where(taken >= 0, end_of_choice(first, end), first)
     row = logits_row(logits, batch, step, batch_stride, step_stride) - first_token.to(tl.int64) * token_stride
     peak, log_total = peak_and_log_total(row, token_stride, first, read_end, token, sums, BLOCK)

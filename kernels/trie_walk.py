@@ -24,6 +24,7 @@ def _walk(
     batches: tl.int64,
     steps: tl.int32,
     ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     batch, exists = rows_of_program(batches, ROWS)
     node = tl.load(start + batch * start_stride, mask=exists, other=-1)
@@ -32,7 +33,7 @@ def _walk(
     for _ in range(steps):
         wanted = tl.load(path, mask=exists, other=-1)
         first, end = children(node, first_child, num_nodes)
-        node = find_child(first, end, wanted, token)
+        node = find_child(first, end, wanted, token, BLOCK)
         tl.store(out, node, mask=exists)
         path += step_stride
         out += 1
@@ -50,7 +51,6 @@ def trie_walk(tokens: Tensor, start: Tensor, first_child: Tensor, token: Tensor)
         token.numel(),
         nodes,
         *tokens.shape,
-        ROWS=WALK_TILE.ROWS,
-        num_warps=WALK_TILE.num_warps,
+        **WALK_TILE._asdict(),
     )
     return nodes
