@@ -10,7 +10,8 @@ import torch
 import triton
 from torch import Tensor
 
-MAX_PROGRAMS = 2**31 - 1
+# What 32 bits count, and the programs of a grid.
+MOST_ROWS = 2**31 - 1
 
 
 class Tile(NamedTuple):
@@ -21,14 +22,16 @@ class Tile(NamedTuple):
     num_warps: int
 
 
-# The tile of a kernel that reads children, by the largest number of children in the trie: a warp has 128 of
-# them, four a lane, and the rows of a narrow trie share one. Chosen by reasoning; no GPU has tuned it yet.
+# All tiles are chosen by reasoning, and so that the registers suffice; no GPU has tuned them yet.
+
+# The tile of a kernel that reads children, by the largest number of children in the trie. A warp has 64 to 128
+# children, two to four a lane, and the rows of a narrow trie share one.
 CHILD_TILES = {
-    4: Tile(32, 4, 1),
-    8: Tile(16, 8, 1),
-    16: Tile(8, 16, 1),
-    32: Tile(4, 32, 1),
-    64: Tile(2, 64, 1),
+    4: Tile(16, 4, 1),
+    8: Tile(8, 8, 1),
+    16: Tile(4, 16, 1),
+    32: Tile(2, 32, 1),
+    64: Tile(1, 64, 1),
     128: Tile(1, 128, 1),
     256: Tile(1, 256, 2),
     512: Tile(1, 512, 4),
@@ -39,6 +42,8 @@ WIDEST_CHILD_TILE = Tile(1, 1024, 8)
 WALK_TILE = Tile(1, 512, 2)
 TRAJECTORY_TILE = Tile(32, 16, 4)
 SHARED_FLOWS_TILE = Tile(8, 64, 2)
+# Nodes x items under them, and items x contexts.
+FLOWS_TILE = Tile(16, 16, 4)
 ITEM_TILE = Tile(32, 16, 4)
 # Its columns are the items whose rewards are summed once, for all the nodes above them.
 CHUNK_TILE = Tile(4, 256, 4)
@@ -55,17 +60,15 @@ def kernel(function: Callable[..., None]) -> Any:
     return triton.jit(function, do_not_specialize=runtime)
 
 
-def launch(function: Any, rows: int, *arguments: Any, **options: Any) -> None:
+def launch(function: Any, rows: int, *arguments: Any, most_rows: int = MOST_ROWS, **options: Any) -> None:
     """Runs a program for every `ROWS` rows, or for each, on the device of the first argument, current or not.
 
     Raises:
-        ValueError: more programs than a grid holds.
+        ValueError: more rows than the kernel counts.
     """
+    if rows > most_rows:
+        raise ValueError(f"{rows} rows came to the kernel, needs {most_rows} at most; split the batch")
     programs = triton.cdiv(rows, options.get("ROWS", 1))
-    if programs > MAX_PROGRAMS:
-        raise ValueError(
-            f"{rows} rows make {programs} programs, needs {MAX_PROGRAMS} at most; split the batch"
-        )
     # A grid without programs is an error to CUDA.
     if programs:
         with torch.cuda.device_of(arguments[0]):

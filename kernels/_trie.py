@@ -20,6 +20,17 @@ def rows_of_program(rows, ROWS: tl.constexpr):
 
 
 @triton.jit
+def quotient_and_rest(index, size):
+    """`index // size` and `index % size` by a division of 32 bits, for one of 64 takes several times as long.
+
+    `launch` refuses more rows than they count.
+    """
+    narrow = index.to(tl.int32)
+    quotient = narrow // size
+    return quotient.to(tl.int64), (narrow - quotient * size).to(tl.int64)
+
+
+@triton.jit
 def children(node, first_child, num_nodes):
     """`first` and `end` of each node; equal for one off the trie."""
     inside = (node >= 0) & (node < num_nodes)
@@ -37,7 +48,7 @@ def most(first, end):
 @triton.jit
 def logits_row(logits, batch, step, batch_stride, step_stride):
     """Points to row (batch, step) of logits (B, T, V) with any strides."""
-    return logits + batch.to(tl.int64) * batch_stride + step.to(tl.int64) * step_stride
+    return logits + batch * batch_stride + step * step_stride
 
 
 @triton.jit

@@ -20,6 +20,7 @@ from ._trie import (
     logits_row,
     most,
     nothing_yet,
+    quotient_and_rest,
     rows_of_program,
     settle_peak,
 )
@@ -98,7 +99,7 @@ def _flow_matching(
     log_flows,
     flows_stride: tl.int64,
     node_stride: tl.int64,
-    rows_per_flow: tl.int64,
+    rows_per_flow: tl.int32,
     divergence,
     rows: tl.int64,
     steps: tl.int32,
@@ -107,8 +108,10 @@ def _flow_matching(
 ):
     sums: tl.constexpr = divergence.dtype.element_ty
     index, row_exists = rows_of_program(rows, ROWS)
-    row = logits_row(logits, index // steps, index % steps, batch_stride, step_stride)
-    flows = log_flows + index // rows_per_flow * flows_stride
+    batch, step = quotient_and_rest(index, steps)
+    row = logits_row(logits, batch, step, batch_stride, step_stride)
+    group, _ = quotient_and_rest(index, rows_per_flow)
+    flows = log_flows + group * flows_stride
     first, end = children(tl.load(nodes + index, mask=row_exists, other=-1), first_child, num_nodes)
     peak, log_total, flow_peak, flow_log_total, end = normalisers(
         row, token_stride, flows, node_stride, first, end_of_choice(first, end), token, sums, BLOCK
@@ -170,7 +173,7 @@ def _flow_matching_backward(
     log_flows,
     flows_stride: tl.int64,
     node_stride: tl.int64,
-    rows_per_flow: tl.int64,
+    rows_per_flow: tl.int32,
     grad_logits,
     statistics,
     rows: tl.int64,
@@ -181,10 +184,10 @@ def _flow_matching_backward(
 ):
     sums: tl.constexpr = grad.dtype.element_ty
     index, row_exists = rows_of_program(rows, ROWS)
-    batch = index // steps
-    step = index % steps
+    batch, step = quotient_and_rest(index, steps)
     row = logits_row(logits, batch, step, batch_stride, step_stride)
-    flows = log_flows + index // rows_per_flow * flows_stride
+    group, _ = quotient_and_rest(index, rows_per_flow)
+    flows = log_flows + group * flows_stride
     slope = tl.load(
         logits_row(grad, batch, step, grad_batch_stride, grad_step_stride), mask=row_exists, other=0.0
     )
@@ -236,7 +239,7 @@ def _grad_flows(
     log_flows,
     flows_stride: tl.int64,
     node_stride: tl.int64,
-    rows_per_flow: tl.int64,
+    rows_per_flow: tl.int32,
     statistics,
     grad_flows,
     rows: tl.int64,
@@ -251,12 +254,12 @@ def _grad_flows(
     """
     sums: tl.constexpr = statistics.dtype.element_ty
     leader = tl.program_id(0).to(tl.int64)
-    group = leader // rows_per_flow
-    group_end = (group + 1) * rows_per_flow
+    group, rank = quotient_and_rest(leader, rows_per_flow)
+    group_end = leader - rank + rows_per_flow
     node = tl.load(nodes + leader)
     first, end = children(node, first_child, num_nodes)
     end = end_of_choice(first, end)
-    earlier = group * rows_per_flow
+    earlier = leader - rank
     leads = first < end
     while leads & (earlier < leader):
         other = earlier + tl.arange(0, BLOCK)
@@ -279,7 +282,8 @@ def _grad_flows(
                 other = other_begin + tl.arange(0, SHARING).to(tl.int64)
                 same = tl.load(nodes + other, mask=other < group_end, other=-1) == node
                 if tl.max(same.to(tl.int32), 0) > 0:
-                    row = logits_row(logits, other // steps, other % steps, batch_stride, step_stride)
+                    batch, step = quotient_and_rest(other, steps)
+                    row = logits_row(logits, batch, step, batch_stride, step_stride)
                     slope = tl.load(statistics + other, mask=same, other=0.0)
                     peak = tl.load(statistics + rows + other, mask=same, other=0.0)
                     shift = tl.load(statistics + 2 * rows + other, mask=same, other=0.0)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import CHUNK_TILE, ITEM_TILE, kernel, launch, strided
+from ._launch import CHUNK_TILE, FLOWS_TILE, ITEM_TILE, MOST_ROWS, kernel, launch, strided
 from ._trie import children, most, nothing_yet, rows_of_program
 
 
@@ -149,7 +149,9 @@ def trie_log_flows(
         log_flows,
         log_flows.numel(),
         CHUNK=CHUNK_TILE.BLOCK,
-        **ITEM_TILE._asdict(),
+        # Nodes of all contexts: its divisions have 64 bits.
+        most_rows=MOST_ROWS * FLOWS_TILE.ROWS,
+        **FLOWS_TILE._asdict(),
     )
     return log_flows
 

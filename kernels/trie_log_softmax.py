@@ -15,6 +15,7 @@ from ._trie import (
     logits_row,
     most,
     peak_and_log_total,
+    quotient_and_rest,
     rows_of_program,
 )
 
@@ -38,7 +39,8 @@ def _log_softmax(
 ):
     sums: tl.constexpr = log_probs.dtype.element_ty
     index, row_exists = rows_of_program(rows, ROWS)
-    row = logits_row(logits, index // steps, index % steps, batch_stride, step_stride)
+    batch, step = quotient_and_rest(index, steps)
+    row = logits_row(logits, batch, step, batch_stride, step_stride)
     out = (log_probs + index * width)[:, None]
     first, end = children(tl.load(nodes + index, mask=row_exists, other=-1), first_child, num_nodes)
     choice_end = end_of_choice(first, end)
@@ -92,7 +94,8 @@ def _log_softmax_backward(
 ):
     sums: tl.constexpr = log_probs.dtype.element_ty
     index, row_exists = rows_of_program(rows, ROWS)
-    row = logits_row(grad, index // steps, index % steps, batch_stride, step_stride)
+    batch, step = quotient_and_rest(index, steps)
+    row = logits_row(grad, batch, step, batch_stride, step_stride)
     first, end = children(tl.load(nodes + index, mask=row_exists, other=-1), first_child, num_nodes)
     choice_end = end_of_choice(first, end)
     grad_row = row[:, None]

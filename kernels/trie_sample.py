@@ -15,6 +15,7 @@ from ._trie import (
     logits_row,
     most,
     nothing_yet,
+    quotient_and_rest,
     raise_peak,
     rows_of_program,
 )
@@ -43,7 +44,8 @@ def _sample(
     sums: tl.constexpr = log_probs.dtype.element_ty
     divisor = tl.full((), temperature, sums)
     index, row_exists = rows_of_program(rows, ROWS)
-    row = logits_row(logits, index // steps, index % steps, batch_stride, step_stride)
+    batch, step = quotient_and_rest(index, steps)
+    row = logits_row(logits, batch, step, batch_stride, step_stride)
     first, end = children(tl.load(nodes + index, mask=row_exists, other=-1), first_child, num_nodes)
     choice_end = end_of_choice(first, end)
 

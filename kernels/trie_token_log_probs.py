@@ -21,6 +21,7 @@ from ._trie import (
     logits_row,
     most,
     peak_and_log_total,
+    quotient_and_rest,
     rows_of_program,
     step_log_prob,
     walk,
@@ -47,8 +48,8 @@ def _token_log_probs(
 ):
     sums: tl.constexpr = log_probs.dtype.element_ty
     index, row_exists = rows_of_program(rows, ROWS)
-    batch = index // steps
-    step = tl.where(row_exists, index % steps, 0)
+    batch, step = quotient_and_rest(index, steps)
+    step = tl.where(row_exists, step, 0)
     path = tokens + batch * steps
     begin = tl.load(start + batch, mask=row_exists, other=-1)
     node, padding = walk(path, step, begin, first_child, token, num_nodes, BLOCK)
@@ -111,8 +112,8 @@ def _token_log_probs_backward(
 ):
     sums: tl.constexpr = grad.dtype.element_ty
     index, row_exists = rows_of_program(rows, ROWS)
-    batch = index // steps
-    step = tl.where(row_exists, index % steps, 0)
+    batch, step = quotient_and_rest(index, steps)
+    step = tl.where(row_exists, step, 0)
     path = tokens + batch * steps
     begin = tl.load(start + batch, mask=row_exists, other=-1)
     node, _ = walk(path, step, begin, first_child, token, num_nodes, BLOCK)
