@@ -24,8 +24,8 @@ class Tile(NamedTuple):
 
 # All tiles are chosen by reasoning, and so that the registers suffice; no GPU has tuned them yet.
 
-# The tile of a kernel that reads children, by the largest number of children in the trie. A warp has 64 to 128
-# children, two to four a lane, and the rows of a narrow trie share one.
+# The tile of a kernel that reads children, by the largest number of children in the trie. A warp has 64 to
+# 128 children, two to four a lane, and the rows of a narrow trie share one.
 CHILD_TILES = {
     4: Tile(16, 4, 1),
     8: Tile(8, 8, 1),

@@ -339,6 +339,23 @@ def test_log_flows(
 
 
 @runs
+def test_children_without_flow_are_left_alone(device: torch.device) -> None:
+    """In a tile with rows that have flow; NaN shows what is read where nothing is to match."""
+    trie = PrefixTrie([[token] for token in range(3)]).to(device)
+    nodes = torch.zeros(3, 1, dtype=torch.int64, device=device)
+    flows = torch.zeros(3, 4, device=device)
+    flows[1] = -math.inf
+    logits = torch.tensor([[0.0, 0, 0], [math.nan, 2, 3], [0, 0, math.log(2)]], device=device)[:, None]
+    grad = torch.ones(3, 1, device=device)
+    ours = kernels.flow_matching(logits, nodes, *arrays(trie), flows)
+    close(ours.cpu(), torch.tensor([[0.0], [0.0], [math.log(4 / 3) - math.log(2) / 3]]))
+    grad_logits, grad_flows = kernels.flow_matching_backward(grad, logits, nodes, *arrays(trie), flows, True)
+    third, gain = 1 / 3, math.log(2) / 9
+    close(grad_logits[:, 0].cpu(), torch.tensor([[0.0] * 3, [0.0] * 3, [0.25 - third] * 2 + [0.5 - third]]))
+    close(grad_flows.cpu(), torch.tensor([[0.0] * 4, [0.0] * 4, [0, gain, gain, -2 * gain]]))
+
+
+@runs
 @pytest.mark.parametrize("items", [255, 256, 257, 1100])
 def test_flows_over_several_chunks_of_items(device: torch.device, items: int) -> None:
     """Ranges that begin and end inside, at and between chunks of 256 items; some chunks without reward."""
