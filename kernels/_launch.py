@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -76,6 +77,7 @@ def launch(function: Any, rows: int, *arguments: Any, most_rows: int = MOST_ROWS
             function[(programs,)](*arguments, enable_fp_fusion=False, **options)
 
 
+@cache
 def child_tile(max_children: int) -> dict[str, int]:
     """The options of a kernel that reads children: one block for most nodes, several for wider ones."""
     fitting = (tile for widest, tile in CHILD_TILES.items() if max_children <= widest)
