@@ -4,13 +4,50 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-MAX_BLOCK = 1024
+# What 32 bits count, and the programs of a grid.
+MOST_ROWS = 2**31 - 1
+
+
+class Tile(NamedTuple):
+    """Rows a program, columns of them at a time, and the warps that share the tile."""
+
+    ROWS: int
+    BLOCK: int
+    num_warps: int
+
+
+# All tiles are chosen by reasoning, and so that the registers suffice; no GPU has tuned them yet.
+
+# The tile of a kernel that reads children, by the largest number of children in the trie. A warp has 64 to
+# 128 children, two to four a lane, and the rows of a narrow trie share one.
+CHILD_TILES = {
+    4: Tile(16, 4, 1),
+    8: Tile(8, 8, 1),
+    16: Tile(4, 16, 1),
+    32: Tile(2, 32, 1),
+    64: Tile(1, 64, 1),
+    128: Tile(1, 128, 1),
+    256: Tile(1, 256, 2),
+    512: Tile(1, 512, 4),
+}
+WIDEST_CHILD_TILE = Tile(1, 1024, 8)
+# The other kernels, each with one tile whatever its sizes.
+# A walk is not told how wide the trie is.
+WALK_TILE = Tile(1, 512, 2)
+TRAJECTORY_TILE = Tile(32, 16, 4)
+SHARED_FLOWS_TILE = Tile(8, 64, 2)
+# Nodes x items under them, and items x contexts.
+FLOWS_TILE = Tile(16, 16, 4)
+ITEM_TILE = Tile(32, 16, 4)
+# Its columns are the items whose rewards are summed once, for all the nodes above them.
+CHUNK_TILE = Tile(4, 256, 4)
 
 
 def kernel(function: Callable[..., None]) -> Any:
@@ -24,8 +61,15 @@ def kernel(function: Callable[..., None]) -> Any:
     return triton.jit(function, do_not_specialize=runtime)
 
 
-def launch(function: Any, programs: int, *arguments: Any, **options: Any) -> None:
-    """Runs `programs` programs on the device of the first argument, whichever device is the current one."""
+def launch(function: Any, rows: int, *arguments: Any, most_rows: int = MOST_ROWS, **options: Any) -> None:
+    """Runs a program for every `ROWS` rows, or for each, on the device of the first argument, current or not.
+
+    Raises:
+        ValueError: more rows than the kernel counts.
+    """
+    if rows > most_rows:
+        raise ValueError(f"{rows} rows came to the kernel, needs {most_rows} at most; split the batch")
+    programs = triton.cdiv(rows, options.get("ROWS", 1))
     # A grid without programs is an error to CUDA.
     if programs:
         with torch.cuda.device_of(arguments[0]):
@@ -33,10 +77,11 @@ def launch(function: Any, programs: int, *arguments: Any, **options: Any) -> Non
             function[(programs,)](*arguments, enable_fp_fusion=False, **options)
 
 
-def block_of(max_children: int) -> dict[str, int]:
-    """The options of a kernel that reads children in blocks: one for most nodes, several for wider ones."""
-    block = min(max(triton.next_power_of_2(max_children), 32), MAX_BLOCK)
-    return {"BLOCK": block, "num_warps": max(block // 128, 1)}
+@cache
+def child_tile(max_children: int) -> dict[str, int]:
+    """The options of a kernel that reads children: one block for most nodes, several for wider ones."""
+    fitting = (tile for widest, tile in CHILD_TILES.items() if max_children <= widest)
+    return next(fitting, WIDEST_CHILD_TILE)._asdict()
 
 
 def sums_dtype(dtype: torch.dtype) -> torch.dtype:

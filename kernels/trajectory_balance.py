@@ -6,10 +6,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import kernel, launch, strided
+from ._launch import TRAJECTORY_TILE, kernel, launch, strided
+from ._trie import rows_of_program
 
 # A tile of trajectories x steps, whatever the length: paths of 4 tokens and of hundreds share one kernel.
-ROWS, STEPS = 32, 16
+OPTIONS = {
+    "ROWS": TRAJECTORY_TILE.ROWS,
+    "STEPS": TRAJECTORY_TILE.BLOCK,
+    "num_warps": TRAJECTORY_TILE.num_warps,
+}
 
 
 @triton.jit
@@ -51,7 +56,7 @@ def _balance(
     mask,
     mask_batch_stride: tl.int64,
     mask_step_stride: tl.int64,
-    batches: tl.int32,
+    batches: tl.int64,
     steps: tl.int32,
     log_rewards,
     log_rewards_stride: tl.int64,
@@ -64,7 +69,7 @@ def _balance(
     ROWS: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    batch, exists = tile(tl.program_id(0).to(tl.int64) * ROWS, batches, ROWS)
+    batch, exists = rows_of_program(batches, ROWS)
     total = tl.zeros((ROWS,), loss.dtype.element_ty)
     for begin in range(0, steps, STEPS):
         step, inside = tile(begin, steps, STEPS)
@@ -96,7 +101,7 @@ def trajectory_balance(
     loss, residual = log_probs.new_empty(batches), log_probs.new_empty(batches)
     launch(
         _balance,
-        triton.cdiv(batches, ROWS),
+        batches,
         log_probs,
         *log_probs.stride(),
         *strided(mask, 2),
@@ -107,8 +112,7 @@ def trajectory_balance(
         *strided(weights),
         loss,
         residual,
-        ROWS=ROWS,
-        STEPS=STEPS,
+        **OPTIONS,
     )
     return loss, residual
 
@@ -120,13 +124,13 @@ def _balance_backward(
     mask,
     mask_batch_stride: tl.int64,
     mask_step_stride: tl.int64,
-    batches: tl.int32,
+    batches: tl.int64,
     steps: tl.int32,
     grad_log_probs,
     ROWS: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    batch, exists = tile(tl.program_id(0).to(tl.int64) * ROWS, batches, ROWS)
+    batch, exists = rows_of_program(batches, ROWS)
     slope = tl.load(grad_residual + batch * grad_stride, mask=exists, other=0.0)
     for begin in range(0, steps, STEPS):
         step, inside = tile(begin, steps, STEPS)
@@ -143,13 +147,12 @@ def trajectory_balance_backward(grad_residual: Tensor, mask: Tensor | None, step
     grad_log_probs = grad_residual.new_empty(batches, steps)
     launch(
         _balance_backward,
-        triton.cdiv(batches, ROWS),
+        batches,
         *strided(grad_residual),
         *strided(mask, 2),
         batches,
         steps,
         grad_log_probs,
-        ROWS=ROWS,
-        STEPS=STEPS,
+        **OPTIONS,
     )
     return grad_log_probs

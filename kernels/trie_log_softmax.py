@@ -6,8 +6,18 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import block_of, kernel, launch, sums_dtype
-from ._trie import child_block, child_logits, children, end_of_choice, logits_row, peak_and_log_total
+from ._launch import child_tile, kernel, launch, sums_dtype
+from ._trie import (
+    child_block,
+    child_logits,
+    children,
+    end_of_choice,
+    logits_row,
+    most,
+    peak_and_log_total,
+    quotient_and_rest,
+    rows_of_program,
+)
 
 
 @kernel
@@ -21,21 +31,26 @@ def _log_softmax(
     token,
     num_nodes: tl.int32,
     log_probs,
+    rows: tl.int64,
     steps: tl.int32,
-    width: tl.int32,
+    width: tl.int64,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     sums: tl.constexpr = log_probs.dtype.element_ty
-    index = tl.program_id(0)
-    row = logits_row(logits, index // steps, index % steps, batch_stride, step_stride)
-    out = log_probs + index.to(tl.int64) * width
-    first, end = children(tl.load(nodes + index), first_child, num_nodes)
+    index, row_exists = rows_of_program(rows, ROWS)
+    batch, step = quotient_and_rest(index, steps)
+    row = logits_row(logits, batch, step, batch_stride, step_stride)
+    out = (log_probs + index * width)[:, None]
+    first, end = children(tl.load(nodes + index, mask=row_exists, other=-1), first_child, num_nodes)
     choice_end = end_of_choice(first, end)
     peak, log_total = peak_and_log_total(row, token_stride, first, choice_end, token, sums, BLOCK)
-    for begin in range(first, end, BLOCK):
-        child, tokens, exists = child_block(begin, end, token, BLOCK)
-        values = child_logits(row, token_stride, tokens, child < choice_end, sums)
-        tl.store(out + tokens, tl.where(child < choice_end, values - peak - log_total, 0.0), mask=exists)
+    for offset in range(0, most(first, end), BLOCK):
+        child, tokens, exists = child_block(first + offset, end, token, BLOCK)
+        chooses = child < choice_end[:, None]
+        values = child_logits(row, token_stride, tokens, chooses, sums)
+        log_prob = values - peak[:, None] - log_total[:, None]
+        tl.store(out + tokens, tl.where(chooses, log_prob, 0.0), mask=exists)
 
 
 def trie_log_softmax(
@@ -52,8 +67,9 @@ def trie_log_softmax(
         token,
         token.numel(),
         log_probs,
+        nodes.numel(),
         *logits.shape[1:],
-        **block_of(max_children),
+        **child_tile(max_children),
     )
     return log_probs
 
@@ -70,25 +86,30 @@ def _log_softmax_backward(
     token,
     num_nodes: tl.int32,
     grad_logits,
+    rows: tl.int64,
     steps: tl.int32,
-    width: tl.int32,
+    width: tl.int64,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     sums: tl.constexpr = log_probs.dtype.element_ty
-    index = tl.program_id(0)
-    row = logits_row(grad, index // steps, index % steps, batch_stride, step_stride)
-    offset = index.to(tl.int64) * width
-    first, end = children(tl.load(nodes + index), first_child, num_nodes)
+    index, row_exists = rows_of_program(rows, ROWS)
+    batch, step = quotient_and_rest(index, steps)
+    row = logits_row(grad, batch, step, batch_stride, step_stride)
+    first, end = children(tl.load(nodes + index, mask=row_exists, other=-1), first_child, num_nodes)
     choice_end = end_of_choice(first, end)
-    total = tl.full((), 0.0, sums)
-    for begin in range(first, choice_end, BLOCK):
-        _, tokens, exists = child_block(begin, choice_end, token, BLOCK)
-        total += tl.sum(tl.load(row + tokens * token_stride, mask=exists, other=0.0).to(sums), 0)
-    for begin in range(first, choice_end, BLOCK):
-        _, tokens, exists = child_block(begin, choice_end, token, BLOCK)
-        slope = tl.load(row + tokens * token_stride, mask=exists, other=0.0).to(sums)
-        probability = tl.exp(tl.load(log_probs + offset + tokens, mask=exists, other=0.0))
-        tl.store(grad_logits + offset + tokens, slope - probability * total, mask=exists)
+    grad_row = row[:, None]
+    log_probs_row = (log_probs + index * width)[:, None]
+    out = (grad_logits + index * width)[:, None]
+    total = tl.zeros((ROWS,), sums)
+    for offset in range(0, most(first, choice_end), BLOCK):
+        _, tokens, exists = child_block(first + offset, choice_end, token, BLOCK)
+        total += tl.sum(tl.load(grad_row + tokens * token_stride, mask=exists, other=0.0).to(sums), 1)
+    for offset in range(0, most(first, choice_end), BLOCK):
+        _, tokens, exists = child_block(first + offset, choice_end, token, BLOCK)
+        slope = tl.load(grad_row + tokens * token_stride, mask=exists, other=0.0).to(sums)
+        probability = tl.exp(tl.load(log_probs_row + tokens, mask=exists, other=0.0))
+        tl.store(out + tokens, slope - probability * total[:, None], mask=exists)
 
 
 def trie_log_softmax_backward(
@@ -112,7 +133,8 @@ def trie_log_softmax_backward(
         token,
         token.numel(),
         grad_logits,
+        nodes.numel(),
         *grad.shape[1:],
-        **block_of(max_children),
+        **child_tile(max_children),
     )
     return grad_logits

@@ -6,8 +6,19 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import block_of, kernel, launch, sums
-from ._trie import child_block, child_logits, children, end_of_choice, logits_row, raise_peak
+from ._launch import child_tile, kernel, launch, sums
+from ._trie import (
+    child_block,
+    child_logits,
+    children,
+    end_of_choice,
+    logits_row,
+    most,
+    nothing_yet,
+    quotient_and_rest,
+    raise_peak,
+    rows_of_program,
+)
 
 
 @kernel
@@ -25,45 +36,47 @@ def _sample(
     drawn_tokens,
     drawn_nodes,
     log_probs,
+    rows: tl.int64,
     steps: tl.int32,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     sums: tl.constexpr = log_probs.dtype.element_ty
     divisor = tl.full((), temperature, sums)
-    index = tl.program_id(0)
-    row = logits_row(logits, index // steps, index % steps, batch_stride, step_stride)
-    first, end = children(tl.load(nodes + index), first_child, num_nodes)
+    index, row_exists = rows_of_program(rows, ROWS)
+    batch, step = quotient_and_rest(index, steps)
+    row = logits_row(logits, batch, step, batch_stride, step_stride)
+    first, end = children(tl.load(nodes + index, mask=row_exists, other=-1), first_child, num_nodes)
     choice_end = end_of_choice(first, end)
 
     # The CDF is summed in float64 whatever the logits: `uniform` has 53 bits, a node thousands of children.
-    peak = tl.full((), float("-inf"), sums)
-    total = tl.full((), 0.0, sums)
-    mass_total = tl.full((), 0.0, tl.float64)
-    for begin in range(first, choice_end, BLOCK):
-        _, tokens, exists = child_block(begin, choice_end, token, BLOCK)
+    peak, total = nothing_yet(first, sums)
+    mass_total = tl.zeros((ROWS,), tl.float64)
+    for offset in range(0, most(first, choice_end), BLOCK):
+        _, tokens, exists = child_block(first + offset, choice_end, token, BLOCK)
         values = child_logits(row, token_stride, tokens, exists, sums)
         peak, lowered, relative = raise_peak(peak, values)
-        total = total * tl.exp(lowered) + tl.sum(tl.exp(relative), 0)
+        total = total * tl.exp(lowered) + tl.sum(tl.exp(relative), 1)
         mass = tl.exp(relative / divisor).to(tl.float64)
-        mass_total = mass_total * tl.exp(lowered / divisor).to(tl.float64) + tl.sum(mass, 0)
+        mass_total = mass_total * tl.exp(lowered / divisor).to(tl.float64) + tl.sum(mass, 1)
 
     # Without a distribution (a NaN, or all at -inf) no child has mass, and the first one is drawn.
     peak = tl.where(total > 0.0, peak, float("nan"))
-    target = tl.load(uniform + index) * mass_total
-    before = tl.full((), 0.0, tl.float64)
+    target = tl.load(uniform + index, mask=row_exists, other=0.0) * mass_total
+    before = tl.zeros((ROWS,), tl.float64)
     drawn = end
     last_possible = first
-    for begin in range(first, choice_end, BLOCK):
-        child, tokens, exists = child_block(begin, choice_end, token, BLOCK)
+    for offset in range(0, most(first, choice_end), BLOCK):
+        child, tokens, exists = child_block(first + offset, choice_end, token, BLOCK)
         values = child_logits(row, token_stride, tokens, exists, sums)
-        mass = tl.exp((values - peak) / divisor).to(tl.float64)
+        mass = tl.exp((values - peak[:, None]) / divisor).to(tl.float64)
         possible = mass > 0.0
         mass = tl.where(possible, mass, 0.0)
         # A parallel scan is not monotonic to the last bit, so a child without mass could seem to reach it.
-        reached = possible & (before + tl.cumsum(mass, 0) > target)
-        drawn = tl.minimum(drawn, tl.min(tl.where(reached, child, end), 0))
-        last_possible = tl.maximum(last_possible, tl.max(tl.where(possible, child, first), 0))
-        before += tl.sum(mass, 0)
+        reached = possible & (before[:, None] + tl.cumsum(mass, 1) > target[:, None])
+        drawn = tl.minimum(drawn, tl.min(tl.where(reached, child, end[:, None]), 1))
+        last_possible = tl.maximum(last_possible, tl.max(tl.where(possible, child, first[:, None]), 1))
+        before += tl.sum(mass, 1)
     # Rounding can leave the target above the sum.
     drawn = tl.where(drawn < end, drawn, last_possible)
 
@@ -72,9 +85,9 @@ def _sample(
     drawn_token = tl.load(token + drawn, mask=alive, other=-1).to(tl.int64)
     value = tl.load(row + drawn_token * token_stride, mask=chooses, other=0.0).to(sums)
     log_prob = value - peak - tl.log(tl.where(total > 0.0, total, 1.0))
-    tl.store(drawn_tokens + index, drawn_token)
-    tl.store(drawn_nodes + index, tl.where(alive, drawn, -1))
-    tl.store(log_probs + index, tl.where(chooses, log_prob, 0.0))
+    tl.store(drawn_tokens + index, drawn_token, mask=row_exists)
+    tl.store(drawn_nodes + index, tl.where(alive, drawn, -1), mask=row_exists)
+    tl.store(log_probs + index, tl.where(chooses, log_prob, 0.0), mask=row_exists)
 
 
 def trie_sample(
@@ -104,7 +117,8 @@ def trie_sample(
         drawn_tokens,
         drawn_nodes,
         log_probs,
+        nodes.numel(),
         nodes.shape[1],
-        **block_of(max_children),
+        **child_tile(max_children),
     )
     return drawn_tokens, drawn_nodes, log_probs

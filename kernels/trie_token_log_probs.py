@@ -1,8 +1,8 @@
 """Log-probs of given tokens under the forward policy, and their gradient.
 
-One program for each token, which walks there from the start by itself: a binary search a level, in trie rows
-that all programs share in cache. One for each path would save those searches, but run its softmaxes one after
-another, and they are what takes the time; here they run side by side.
+One row for each token, which walks there from the start by itself: a search a level, in trie rows that all
+programs share in cache. One for each path would save those searches, but run its softmaxes one after another;
+here they run side by side.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import block_of, kernel, launch, sums
+from ._launch import child_tile, kernel, launch, sums
 from ._trie import (
     child_block,
     child_logits,
@@ -19,7 +19,10 @@ from ._trie import (
     end_of_choice,
     find_child,
     logits_row,
+    most,
     peak_and_log_total,
+    quotient_and_rest,
+    rows_of_program,
     step_log_prob,
     walk,
 )
@@ -38,19 +41,22 @@ def _token_log_probs(
     token,
     num_nodes: tl.int32,
     log_probs,
+    rows: tl.int64,
     steps: tl.int32,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     sums: tl.constexpr = log_probs.dtype.element_ty
-    index = tl.program_id(0)
-    batch = index // steps
-    step = index % steps
-    path = tokens + batch.to(tl.int64) * steps
-    node, padding = walk(path, step, tl.load(start + batch), first_child, token, num_nodes)
-    wanted = tl.load(path + step)
+    index, row_exists = rows_of_program(rows, ROWS)
+    batch, step = quotient_and_rest(index, steps)
+    step = tl.where(row_exists, step, 0)
+    path = tokens + batch * steps
+    begin = tl.load(start + batch, mask=row_exists, other=-1)
+    node, padding = walk(path, step, begin, first_child, token, num_nodes, BLOCK)
+    wanted = tl.load(path + step, mask=row_exists, other=-1)
     row = logits_row(logits, batch, step, batch_stride, step_stride) - first_token.to(tl.int64) * token_stride
     log_prob, _ = step_log_prob(row, token_stride, wanted, node, first_child, token, num_nodes, sums, BLOCK)
-    tl.store(log_probs + index, tl.where(padding | (wanted < 0), 0.0, log_prob))
+    tl.store(log_probs + index, tl.where(padding | (wanted < 0), 0.0, log_prob), mask=row_exists)
 
 
 def trie_token_log_probs(
@@ -75,8 +81,9 @@ def trie_token_log_probs(
         token,
         token.numel(),
         log_probs,
+        tokens.numel(),
         tokens.shape[1],
-        **block_of(max_children),
+        **child_tile(max_children),
     )
     return log_probs
 
@@ -97,28 +104,35 @@ def _token_log_probs_backward(
     token,
     num_nodes: tl.int32,
     grad_logits,
+    rows: tl.int64,
     steps: tl.int32,
-    width: tl.int32,
+    width: tl.int64,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     sums: tl.constexpr = grad.dtype.element_ty
-    index = tl.program_id(0)
-    batch = index // steps
-    step = index % steps
-    path = tokens + batch.to(tl.int64) * steps
-    node, _ = walk(path, step, tl.load(start + batch), first_child, token, num_nodes)
+    index, row_exists = rows_of_program(rows, ROWS)
+    batch, step = quotient_and_rest(index, steps)
+    step = tl.where(row_exists, step, 0)
+    path = tokens + batch * steps
+    begin = tl.load(start + batch, mask=row_exists, other=-1)
+    node, _ = walk(path, step, begin, first_child, token, num_nodes, BLOCK)
     first, end = children(node, first_child, num_nodes)
-    taken = find_child(first, end, tl.load(path + step), token)
+    wanted = tl.load(path + step, mask=row_exists, other=-1)
+    taken = find_child(first, end, wanted, token, BLOCK)
     read_end = tl.where(taken >= 0, end_of_choice(first, end), first)
     row = logits_row(logits, batch, step, batch_stride, step_stride) - first_token.to(tl.int64) * token_stride
     peak, log_total = peak_and_log_total(row, token_stride, first, read_end, token, sums, BLOCK)
-    slope = tl.load(logits_row(grad, batch, step, grad_batch_stride, grad_step_stride))
-    out = grad_logits + index.to(tl.int64) * width - first_token
-    for begin in range(first, read_end, BLOCK):
-        child, child_tokens, exists = child_block(begin, read_end, token, BLOCK)
+    slope = tl.load(
+        logits_row(grad, batch, step, grad_batch_stride, grad_step_stride), mask=row_exists, other=0.0
+    )
+    out = (grad_logits + index * width - first_token)[:, None]
+    for offset in range(0, most(first, read_end), BLOCK):
+        child, child_tokens, exists = child_block(first + offset, read_end, token, BLOCK)
         values = child_logits(row, token_stride, child_tokens, exists, sums)
-        hit = tl.where(child == taken, 1.0, 0.0).to(sums)
-        tl.store(out + child_tokens, slope * (hit - tl.exp(values - peak - log_total)), mask=exists)
+        hit = tl.where(child == taken[:, None], 1.0, 0.0).to(sums)
+        probability = tl.exp(values - peak[:, None] - log_total[:, None])
+        tl.store(out + child_tokens, slope[:, None] * (hit - probability), mask=exists)
 
 
 def trie_token_log_probs_backward(
@@ -146,7 +160,8 @@ def trie_token_log_probs_backward(
         token,
         token.numel(),
         grad_logits,
+        tokens.numel(),
         *logits.shape[1:],
-        **block_of(max_children),
+        **child_tile(max_children),
     )
     return grad_logits

@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import block_of, kernel, launch, strided
-from ._trie import step_log_prob
+from ._launch import child_tile, kernel, launch, strided
+from ._trie import rows_of_program, step_log_prob
 from .trajectory_balance import settle
 
 
@@ -21,6 +21,7 @@ def _trie_balance(
     first_child,
     token,
     num_nodes: tl.int32,
+    batches: tl.int64,
     steps: tl.int32,
     log_rewards,
     log_rewards_stride: tl.int64,
@@ -30,26 +31,27 @@ def _trie_balance(
     weights_stride: tl.int64,
     loss,
     residual,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     sums: tl.constexpr = loss.dtype.element_ty
-    batch = tl.program_id(0).to(tl.int64)
+    batch, exists = rows_of_program(batches, ROWS)
     path = tokens + batch * steps
-    offset = batch * batch_stride
-    node = tl.load(start + batch)
-    total = tl.full((), 0.0, sums)
+    row = logits + batch * batch_stride
+    node = tl.load(start + batch, mask=exists, other=-1)
+    total = tl.zeros((ROWS,), sums)
     padding = node != node
     for step in range(steps):
-        wanted = tl.load(path + step)
+        wanted = tl.load(path + step, mask=exists, other=-1)
         padding = padding | (wanted < 0)
         log_prob, node = step_log_prob(
-            logits + offset, token_stride, wanted, node, first_child, token, num_nodes, sums, BLOCK
+            row, token_stride, wanted, node, first_child, token, num_nodes, sums, BLOCK
         )
         total += tl.where(padding, 0.0, log_prob)
-        offset += step_stride
+        row += step_stride
     settle(
         batch,
-        batch >= 0,
+        exists,
         total,
         log_rewards,
         log_rewards_stride,
@@ -85,12 +87,13 @@ def trie_trajectory_balance(
         first_child,
         token,
         token.numel(),
+        batches,
         steps,
         *strided(log_rewards),
         *strided(log_z),
         *strided(weights),
         loss,
         residual,
-        **block_of(max_children),
+        **child_tile(max_children),
     )
     return loss, residual

@@ -35,11 +35,14 @@ CPP_OPS = frozenset(
 )
 TRITON_OPS = frozenset(
     {
+        "trie_walk",
         "trie_log_softmax",
         "trie_token_log_probs",
         "trie_sample",
+        "trie_log_flows",
         "trajectory_balance",
         "trie_trajectory_balance",
+        "flow_matching",
     }
 )
 

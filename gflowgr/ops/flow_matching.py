@@ -31,7 +31,7 @@ def flow_matching(
         log_flows: (..., num_nodes) floats as `trie_log_flows` gives them; its leading shape is that of
             `nodes` or a prefix of it: (B, num_nodes) serves nodes (B, T), (num_nodes,) serves every row.
         reduction: over rows, "mean", "sum" or "none".
-        backend: "auto", "cpp" or "torch".
+        backend: "auto", "cpp", "triton" or "torch".
 
     Returns:
         The divergence in nats, a scalar, or (...) for "none"; differentiable in `logits` and `log_flows`. It

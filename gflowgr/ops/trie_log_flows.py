@@ -21,7 +21,7 @@ def trie_log_flows(log_rewards: Tensor, trie: _checks.CatalogueTrie, *, backend:
     Args:
         log_rewards: (..., N) floats, column i belongs to item i; -inf is no reward.
         trie: of N items, on the device of `log_rewards`.
-        backend: "auto", "cpp" or "torch".
+        backend: "auto", "cpp", "triton" or "torch".
 
     Returns:
         (..., num_nodes) float32 (float64 for float64), differentiable in `log_rewards`.
