@@ -250,8 +250,8 @@ DEFECTS = [
     ),
     Defect(
         "gflowgr/ops/trajectory_balance.py",
-        "return grad_log_probs, -grad, grad, None, None, None",
-        "return grad_log_probs, grad, -grad, None, None, None",
+        "-grad if needs_rewards else None,\n        grad if needs_log_z else None,\n        *(None, None, None),",
+        "grad if needs_rewards else None,\n        -grad if needs_log_z else None,\n        *(None, None, None),",
         "the gradients of log R and log Z are swapped",
         GRADIENTS,
     ),
