@@ -92,7 +92,7 @@ void log_flows_backward(const ItemTrie& tree, const S* grad, const S* log_reward
       const S* flows = log_flows + b * trie.nodes;
       std::copy(grad + b * trie.nodes, grad + (b + 1) * trie.nodes, reaching.begin());
       for (std::int64_t node = 0; node < trie.nodes; ++node) {
-        const bool carries = flows[node] > -std::numeric_limits<S>::infinity();
+        const bool carries = flows[node] != -std::numeric_limits<S>::infinity();
         const Children kids = trie.children(node);
         const std::int64_t ending = ending_at[node];
         const std::int32_t* own = tree.item_order + tree.first_item[node];

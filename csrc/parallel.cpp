@@ -11,10 +11,14 @@
 namespace gflowgr {
 namespace {
 
+// This thread runs a task: a call from within it may not ask the pool, whose lock it may hold.
+thread_local bool busy_here = false;
+
 class Pool {
  public:
   // Runs task(0) .. task(tasks - 1), the last one here; false when another thread is using the pool.
   bool run(int tasks, const std::function<void(int)>& task) {
+    if (busy_here) return false;
     std::unique_lock<std::mutex> owner(owner_, std::try_to_lock);
     if (!owner.owns_lock()) return false;
     {
@@ -36,12 +40,14 @@ class Pool {
 
  private:
   void attempt(int index, const std::function<void(int)>& task) {
+    busy_here = true;
     try {
       task(index);
     } catch (...) {
       std::lock_guard<std::mutex> lock(mutex_);
       failure_ = std::current_exception();
     }
+    busy_here = false;
   }
 
   void work(int index, std::uint64_t seen) {

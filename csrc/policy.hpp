@@ -81,6 +81,8 @@ class Policy {
   std::int64_t draw(double uniform, double temperature) {
     const auto count = static_cast<std::int64_t>(exponentials_.size());
     double total = total_;
+    // Logits with a NaN are no distribution: the first child, whatever the order of the others.
+    if (!(total > 0)) return 0;
     if (temperature != 1) {
       for (std::int64_t child = 0; child < count; ++child)
         exponentials_[child] = static_cast<S>((values_[child] - peak_) / temperature);

@@ -8,11 +8,11 @@ from numpy.typing import NDArray
 # first_child, token, number of nodes
 _Trie: TypeAlias = tuple[int, int, int]
 # first_item, item_count, item_order, number of items
-_Items: TypeAlias = tuple[int, int, int, int]
+_Items: TypeAlias = tuple[int, ...]
 # data, dtype (0 float32, 1 float64, 2 bfloat16, 3 float16), shape (B, T, V), strides, first token
 _Logits: TypeAlias = tuple[int, ...]
 # log_rewards, log_z, weights, loss, residual
-_Balance: TypeAlias = tuple[int, int, int, int, int]
+_Balance: TypeAlias = tuple[int, ...]
 
 def build_trie(rows: NDArray[np.int32] | NDArray[np.int64]) -> dict[str, NDArray[np.int32]]: ...
 def walk(

@@ -45,6 +45,82 @@ def fingerprint(arrays: dict[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
+def read_arrays(path: str | os.PathLike[str], framework: str) -> dict[str, Any]:
+    """The arrays of a saved trie, checked: NumPy's for "np", tensors over the mapped file for "pt".
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is foreign, truncated or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"path is {os.fspath(path)!r}, which is not a file")
+    try:
+        with safe_open(path, framework=framework) as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ValueError(f"its format is {metadata.get('format')!r}, needs {FORMAT!r}")
+            if set(file.keys()) != set(ARRAYS):
+                raise ValueError(f"it holds {sorted(file.keys())}, needs {sorted(ARRAYS)}")
+            arrays = {name: file.get_tensor(name) for name in ARRAYS}
+        views = {name: np.asarray(array) for name, array in arrays.items()}
+        verify(views)
+        if fingerprint(views) != metadata.get("fingerprint"):
+            raise ValueError("its arrays do not match its fingerprint, so it is damaged")
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"path {os.fspath(path)!r} is not a saved PrefixTrie: {error}") from error
+    return arrays
+
+
+def verify(arrays: dict[str, np.ndarray]) -> None:
+    """Raises ValueError unless the arrays are those of some trie."""
+    for name, array in arrays.items():
+        if array.dtype != np.int32 or array.ndim != 1:
+            raise ValueError(f"{name} is {array.dtype} of shape {array.shape}, needs int32 (n,)")
+    first_child, token, begin, count, order, item_node = (arrays[name].astype(np.int64) for name in ARRAYS)
+    nodes, items = token.size, item_node.size
+    lengths = {"first_child": nodes + 1, "first_item": nodes, "item_count": nodes, "item_order": items}
+    for name, length in lengths.items():
+        if arrays[name].size != length:
+            raise ValueError(f"{name} has {arrays[name].size} entries, needs {length}")
+    if nodes < 2 or items < 1:
+        raise ValueError(f"it has {nodes} nodes and {items} items, needs at least 2 and 1")
+
+    def require(holds: Any, what: str) -> None:
+        if not np.all(holds):
+            raise ValueError(what)
+
+    numbers = np.arange(nodes + 1)
+    require([first_child[0] == 1, first_child[-1] == nodes], "first_child does not span the nodes")
+    require(first_child[1:] >= first_child[:-1], "first_child decreases")
+    require(first_child[:-1] > numbers[:-1], "a node comes before its parent")
+    require(np.append(token[1:] >= 0, token[0] == -1), "token has a negative entry")
+    opens = np.zeros(nodes + 1, dtype=bool)
+    opens[first_child] = True
+    require((token[1:] > token[:-1]) | opens[1:nodes], "siblings are not in ascending order")
+    require((item_node > 0) & (item_node < nodes), "item_node leaves the trie")
+    require((order >= 0) & (order < items), "item_order leaves the catalogue")
+    require(np.bincount(order, minlength=items) == 1, "item_order is no permutation")
+    own = np.bincount(item_node, minlength=nodes)
+    through = np.append(0, count.cumsum())
+    require(np.append(count >= 1, count[0] == items), "item_count has an empty node")
+    require(
+        count == own + through[first_child[1:]] - through[first_child[:-1]],
+        "item_count is not the sum of the children's",
+    )
+    parents = np.repeat(numbers[:-1], first_child[1:] - first_child[:-1])
+    before = through[1:-1] - through[first_child[parents]]
+    require(
+        np.append(begin[1:] == begin[parents] + own[parents] + before, begin[0] == 0),
+        "first_item is not where the items begin",
+    )
+    rank_in_node = np.arange(items) - begin[item_node[order]]
+    require((rank_in_node >= 0) & (rank_in_node < own[item_node[order]]), "item_order is out of order")
+    same_node = item_node[order[1:]] == item_node[order[:-1]]
+    require((order[1:] > order[:-1]) | ~same_node, "the items of a node are not in ascending order")
+
+
 class NumpyTrie:
     """A catalogue's prefix trie, with the ops that serving needs; imports neither torch nor Triton.
 
@@ -87,20 +163,7 @@ class NumpyTrie:
             FileNotFoundError: there is no such file.
             ValueError: the file is foreign, truncated or damaged.
         """
-        from safetensors import SafetensorError, safe_open
-
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"path is {os.fspath(path)!r}, which is not a file")
-        try:
-            with safe_open(path, framework="np") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT or set(file.keys()) != set(ARRAYS):
-                    raise ValueError(f"its format is {metadata.get('format')!r}, needs {FORMAT!r}")
-                arrays = {name: file.get_tensor(name) for name in ARRAYS}
-            if fingerprint(arrays) != metadata.get("fingerprint"):
-                raise ValueError("its arrays do not match its fingerprint, so it is damaged")
-        except (SafetensorError, ValueError) as error:
-            raise ValueError(f"path {os.fspath(path)!r} is not a saved PrefixTrie: {error}") from error
+        arrays = read_arrays(path, "np")
         trie = object.__new__(cls)
         trie._adopt(arrays, threads)
         return trie
@@ -179,11 +242,11 @@ class NumpyTrie:
         rows, nodes = self._rows(logits, nodes)
         if not 0 < temperature < float("inf"):
             raise ValueError(f"temperature is {temperature}, needs a finite number above 0")
-        uniform = generator.random(nodes.shape)
+        uniform = np.asarray(generator.random(nodes.shape))
         tokens, reached = np.empty_like(nodes), np.empty_like(nodes)
         log_probs = np.empty(nodes.shape, dtype=_sums(rows))
         self._core.sample(
-            self._arrays, _raw(rows), nodes.ctypes.data, np.asarray(uniform).ctypes.data, temperature,
+            self._arrays, _raw(rows), nodes.ctypes.data, uniform.ctypes.data, temperature,
             tokens.ctypes.data, reached.ctypes.data, log_probs.ctypes.data, self.threads,
         )  # fmt: skip
         return tokens, reached, log_probs

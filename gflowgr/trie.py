@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gflowgr import ops
-from gflowgr.numpy_trie import ARRAYS, FORMAT, as_rows, fingerprint
+from gflowgr.numpy_trie import ARRAYS, FORMAT, as_rows, fingerprint, read_arrays
 
 try:
     from gflowgr import _core
@@ -57,6 +57,8 @@ class PrefixTrie:
     item_order: Tensor
     item_node: Tensor
 
+    # Tensors made in inference mode could not be saved for a backward pass.
+    @torch.inference_mode(False)
     def __init__(self, sequences: Any) -> None:
         rows = _as_rows(sequences)
         arrays = _core.build_trie(rows) if _core else build_with_numpy(rows)
@@ -158,6 +160,7 @@ class PrefixTrie:
             raise ValueError(f"node is {number}, needs 0 .. {self.num_nodes - 1}")
         return number
 
+    @torch.inference_mode(False)
     def to(self, device: torch.device | str) -> PrefixTrie:
         """The same trie on another device; itself when it is there already."""
         if torch.device(device) == self.device:
@@ -189,6 +192,7 @@ class PrefixTrie:
             temporary.unlink(missing_ok=True)
 
     @classmethod
+    @torch.inference_mode(False)
     def load(cls, path: str | os.PathLike[str]) -> PrefixTrie:
         """Reads what `save` wrote; the arrays are views of the mapped file.
 
@@ -196,25 +200,8 @@ class PrefixTrie:
             FileNotFoundError: there is no such file.
             ValueError: the file is foreign, truncated or damaged.
         """
-        from safetensors import SafetensorError, safe_open
-
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"path is {os.fspath(path)!r}, which is not a file")
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise ValueError(f"its format is {metadata.get('format')!r}, needs {FORMAT!r}")
-                if set(file.keys()) != set(ARRAYS):
-                    raise ValueError(f"it holds {sorted(file.keys())}, needs {sorted(ARRAYS)}")
-                arrays = {name: file.get_tensor(name) for name in ARRAYS}
-            _verify(arrays)
-            trie = object.__new__(cls)
-            trie._adopt(arrays)
-            if trie.fingerprint != metadata.get("fingerprint"):
-                raise ValueError("its arrays do not match its fingerprint, so it is damaged")
-        except (SafetensorError, ValueError) as error:
-            raise ValueError(f"path {os.fspath(path)!r} is not a saved PrefixTrie: {error}") from error
+        trie = object.__new__(cls)
+        trie._adopt(read_arrays(path, "pt"))
         return trie
 
 
@@ -262,56 +249,3 @@ def build_with_numpy(rows: np.ndarray) -> dict[str, np.ndarray]:
         "item_node": by_item,
     }
     return {name: array.astype(np.int32) for name, array in arrays.items()}
-
-
-def _verify(arrays: dict[str, Tensor]) -> None:
-    """Raises ValueError unless the arrays are those of some trie."""
-    for name, array in arrays.items():
-        if array.dtype != torch.int32 or array.dim() != 1:
-            raise ValueError(f"{name} is {array.dtype} of shape {tuple(array.shape)}, needs int32 (n,)")
-    first_child, token = arrays["first_child"].long(), arrays["token"].long()
-    nodes, items = token.numel(), arrays["item_node"].numel()
-    lengths = {"first_child": nodes + 1, "first_item": nodes, "item_count": nodes, "item_order": items}
-    for name, length in lengths.items():
-        if arrays[name].numel() != length:
-            raise ValueError(f"{name} has {arrays[name].numel()} entries, needs {length}")
-    if nodes < 2 or items < 1:
-        raise ValueError(f"it has {nodes} nodes and {items} items, needs at least 2 and 1")
-
-    def require(holds: Tensor, what: str) -> None:
-        if not bool(holds):
-            raise ValueError(what)
-
-    numbers = torch.arange(nodes + 1)
-    require((first_child[0] == 1) & (first_child[-1] == nodes), "first_child does not span the nodes")
-    require((first_child[1:] >= first_child[:-1]).all(), "first_child decreases")
-    require((first_child[:-1] > numbers[:-1]).all(), "a node comes before its parent")
-    require((token[0] == -1) & (token[1:] >= 0).all(), "token has a negative entry")
-    opens = torch.zeros(nodes + 1, dtype=torch.bool)
-    opens[first_child] = True
-    require(((token[1:] > token[:-1]) | opens[:nodes][1:]).all(), "siblings are not in ascending order")
-    item_node, order = arrays["item_node"].long(), arrays["item_order"].long()
-    require(((item_node > 0) & (item_node < nodes)).all(), "item_node leaves the trie")
-    require(((order >= 0) & (order < items)).all(), "item_order leaves the catalogue")
-    require((torch.bincount(order, minlength=items) == 1).all(), "item_order is no permutation")
-    own = torch.bincount(item_node, minlength=nodes)
-    count = arrays["item_count"].long()
-    through = torch.cat([torch.zeros(1, dtype=torch.int64), count.cumsum(0)])
-    require((count >= 1).all() & (count[0] == items), "item_count has an empty node")
-    require(
-        (count == own + through[first_child[1:]] - through[first_child[:-1]]).all(),
-        "item_count is not the sum of the children's",
-    )
-    parents = torch.repeat_interleave(numbers[:-1], first_child[1:] - first_child[:-1])
-    begin = arrays["first_item"].long()
-    before = through[1:-1] - through[first_child[parents]]
-    require(
-        (begin[0] == 0) & (begin[1:] == begin[parents] + own[parents] + before).all(),
-        "first_item is not where the items begin",
-    )
-    rank_in_node = torch.arange(items) - begin[item_node[order]]
-    require(
-        ((rank_in_node >= 0) & (rank_in_node < own[item_node[order]])).all(), "item_order is out of order"
-    )
-    same_node = item_node[order[1:]] == item_node[order[:-1]]
-    require(((order[1:] > order[:-1]) | ~same_node).all(), "the items of a node are not in ascending order")

@@ -211,7 +211,7 @@ def _log_flows_backward(
         flow = tl.load(flows, mask=reads, other=0.0)
         slopes = grad + batch * grad_batch_stride + node[None, :] * grad_node_stride
         slope = tl.load(slopes, mask=reads, other=0.0)
-        carries = reads & (flow > float("-inf"))
+        carries = reads & (flow != float("-inf"))
         share = tl.exp(tl.where(carries, reward - tl.where(carries, flow, 0.0), float("-inf")))
         total += tl.where(carries, slope * share, 0.0)
         first, end = children(tl.where(on_path, node, -1), first_child, num_nodes)

@@ -791,3 +791,37 @@ def test_arguments_are_left_alone(backend: str, layout: str) -> None:
     assert torch.equal(logits, before[0])
     assert torch.equal(tokens, before[1])
     assert logits.stride() == strides
+
+
+@pytest.mark.parametrize("backend", backends("trie_sample"))
+def test_without_a_distribution_the_first_child_is_drawn(backend: str) -> None:
+    device = device_of(backend)
+    logits = torch.tensor([[math.nan, 1.0, 2.0], [1.0, math.nan, 2.0], [1.0, 2.0, math.nan]], device=device)
+    trie = PrefixTrie([[0], [1], [2]]).to(device)
+    root = torch.zeros(3, dtype=torch.int64, device=device)
+    assert ops.trie_sample(logits, root, trie, backend=backend)[0].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("backend", backends("trie_log_flows"))
+def test_a_broken_reward_shows_in_the_gradient(backend: str) -> None:
+    """Of every item that shares a flow with it."""
+    device = device_of(backend)
+    trie = PrefixTrie([[0, 0], [0, 1], [1, 0], [1, 1]]).to(device)
+    rewards = torch.tensor([[0.0, math.nan, 1.0, 2.0]], device=device, requires_grad=True)
+    ops.trie_log_flows(rewards, trie, backend=backend)[:, 0].sum().backward()
+    assert rewards.grad is not None
+    assert rewards.grad.isnan().all()
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_linear_leaves_padding_out_of_the_gradient(backend: str) -> None:
+    """States behind padding and forced steps may be NaN: they reach no gradient."""
+    device = device_of(backend)
+    rows = torch.tensor([[0, 3, 7], [0, 4, 6], [1, 3, 6], [2, 5, -1]], device=device)
+    trie = PrefixTrie(rows).to(device)
+    hidden, weight = torch.randn(4, 3, 5, device=device), torch.randn(8, 5, device=device).requires_grad_()
+    hidden[3, 1:] = math.nan
+    hidden[2, 1:] = math.nan
+    ops.trie_linear_token_log_probs(hidden, weight, rows, trie, backend=backend).sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.isfinite().all()

@@ -359,14 +359,99 @@ def test_the_way_past_the_dispatcher_is_the_same(op: str, backend: str) -> None:
     assert f"gflowgr::{op}" in {event.key for event in profiler.key_averages()}
 
 
+def test_tensors_that_are_not_their_memory() -> None:
+    """A pending negation and a tensor that stands for zeros are what PyTorch says they are."""
+    x = inputs(2, torch.device("cpu"))
+    negated = torch.complex(torch.zeros_like(x.logits), x.logits.detach()).conj().imag
+    assert negated.is_neg()
+    for logits in (negated, torch._efficientzerotensor(x.logits.shape)):
+        ours = ops.trie_token_log_probs(logits, x.tokens, x.trie, backend="cpp")
+        same = ops.trie_token_log_probs(logits.clone() + 0.0, x.tokens, x.trie, backend="cpp")
+        torch.testing.assert_close(ours, same)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_is_traced() -> None:
+    x = inputs(2, torch.device("cpu"))
+    call = lambda logits: ops.trie_token_log_probs(logits, x.tokens, x.trie, backend="cpp")  # noqa: E731
+    traced = torch.jit.trace(call, (x.logits.detach(),), check_trace=False)
+    torch.testing.assert_close(traced(2 * x.logits.detach()), call(2 * x.logits.detach()))
+
+
+def test_another_default_device() -> None:
+    """Results lie where the arguments do, whatever device new tensors go to."""
+    x = inputs(2, torch.device("cpu"))
+    expected = {op: run(PUBLIC[op], x, "auto") for op in PUBLIC if op != "trie_sample"}
+    with torch.device("meta"):
+        for op, wanted in expected.items():
+            assert_same(run(PUBLIC[op], x, "auto"), wanted)
+
+
+def test_a_trie_of_inference_mode_trains() -> None:
+    with torch.inference_mode():
+        trie = PrefixTrie(ROWS)
+    x = inputs(2, torch.device("cpu"))
+    ops.trie_token_log_probs(x.logits, x.tokens, trie, backend="cpp").clamp(min=-9).sum().backward()
+    assert x.logits.grad is not None
+
+
+def test_the_core_refuses_other_memory() -> None:
+    """The registered ops take any tensor; the core would read it as what it expects."""
+    x = inputs(2, torch.device("cpu"))
+    start, arrays = torch.zeros(2, dtype=torch.int64), (x.trie.first_child, x.trie.token)
+    for tokens, given in ((x.tokens.int(), arrays), (x.tokens, (arrays[0].long(), arrays[1]))):
+        with pytest.raises(TypeError, match=r"the C\+\+ core needs torch.int(32|64) on the CPU, contiguous"):
+            torch.ops.gflowgr.trie_walk(tokens, start, *given, "cpp")
+    grad, kids = torch.zeros(2, 3, dtype=torch.float64), (*arrays, x.trie.max_children)
+    with pytest.raises(TypeError, match=r"core needs torch\.float32"):
+        torch.ops.gflowgr.trie_token_log_probs_backward(
+            grad, x.logits.detach(), x.tokens, start, *kids, 0, "cpp"
+        )
+
+
 @pytest.mark.parametrize("listening", [True, False])
 def test_second_derivatives_are_refused(listening: bool) -> None:
+    """Also where only the ops' inputs, not what comes from above, would carry them."""
+    for square in (True, False):
+        x = inputs(3, torch.device("cpu"))
+        with Recorder() if listening else contextlib.nullcontext():
+            log_probs = ops.trie_token_log_probs(x.logits, x.tokens, x.trie, backend="cpp").clamp(min=-9)
+            upper = (log_probs.square() if square else log_probs).sum()
+            (grad,) = torch.autograd.grad(upper, x.logits, create_graph=True)
+            with pytest.raises(RuntimeError, match="no second derivative"):
+                grad.square().sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_forward_derivatives_are_refused() -> None:
     x = inputs(3, torch.device("cpu"))
-    with Recorder() if listening else contextlib.nullcontext():
-        log_probs = ops.trie_token_log_probs(x.logits, x.tokens, x.trie, backend="cpp").clamp(min=-9)
-        (grad,) = torch.autograd.grad(log_probs.square().sum(), x.logits, create_graph=True)
-        with pytest.raises(RuntimeError, match="differentiate twice"):
-            grad.square().sum().backward()
+    logits = x.logits.detach()
+
+    def call(logits: Tensor, backend: str = "cpp") -> Tensor:
+        return ops.trie_token_log_probs(logits, x.tokens, x.trie, backend=backend).clamp(min=-9)
+
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative; backend='torch' has one"):
+        torch.func.jvp(call, (logits,), (torch.ones_like(logits),))
+    with torch.autograd.forward_ad.dual_level():
+        assert call(logits).isfinite().all()
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            call(torch.autograd.forward_ad.make_dual(logits, torch.ones_like(logits)))
+    torch.func.jvp(lambda logits: call(logits, "torch"), (logits,), (torch.ones_like(logits),))
+
+
+def test_backward_in_another_autocast_region() -> None:
+    x = inputs(3, torch.device("cpu"))
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", enabled=False):
+            loss = ops.trie_linear_token_log_probs(x.hidden, x.weight, x.tokens, x.trie, x.bias)
+        grads = torch.autograd.grad(loss.clamp(min=-9).sum(), (x.hidden, x.weight, x.bias))
+        wide = ops.trie_linear_token_log_probs(x.hidden.double(), x.weight.double(), x.tokens, x.trie)
+    assert wide.dtype == torch.float64
+    loss = ops.trie_linear_token_log_probs(x.hidden, x.weight, x.tokens, x.trie, x.bias)
+    torch.testing.assert_close(
+        grads, torch.autograd.grad(loss.clamp(min=-9).sum(), (x.hidden, x.weight, x.bias))
+    )
 
 
 @pytest.mark.parametrize("op", PUBLIC)

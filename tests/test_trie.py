@@ -519,12 +519,12 @@ def its_own_child(arrays: dict[str, torch.Tensor]) -> None:
 # ROWS have first_child [1 3 5 6 6 6 6], token [-1 1 4 2 3 5], item_count [5 2 3 1 1 2],
 # first_item [0 0 2 0 1 3], item_node [3 4 2 5 5] and item_order [0 1 2 3 4].
 INCONSISTENT = [
-    (replaced("token", torch.Tensor.long), r"token is torch.int64 of shape \(6,\), needs int32 \(n,\)"),
+    (replaced("token", torch.Tensor.long), r"token is int64 of shape \(6,\), needs int32 \(n,\)"),
     (
         replaced("token", lambda a: a.reshape(1, -1)),
-        r"token is torch.int32 of shape \(1, 6\), needs int32 \(n,\)",
+        r"token is int32 of shape \(1, 6\), needs int32 \(n,\)",
     ),
-    (replaced("item_order", torch.Tensor.float), r"item_order is torch.float32"),
+    (replaced("item_order", torch.Tensor.float), r"item_order is float32"),
     (replaced("first_child", lambda a: a[:-1]), "first_child has 6 entries, needs 7"),
     (replaced("first_child", lambda a: torch.cat([a, a[-1:]])), "first_child has 8 entries, needs 7"),
     (replaced("first_item", lambda a: a[:-1]), "first_item has 5 entries, needs 6"),

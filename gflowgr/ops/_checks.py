@@ -134,6 +134,15 @@ def start_nodes(start: int | Tensor, tokens: Tensor) -> Tensor:
     return start
 
 
+def number(name: str, value: Any) -> float:
+    """A finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is a {type(value).__name__}, needs a number")
+    if not abs(value) < float("inf"):
+        raise ValueError(f"{name} is {value}, needs a finite number")
+    return float(value)
+
+
 def in_shape(value: Tensor, shape: torch.Size) -> Tensor:
     """A view of that shape, or `value` itself if it has it: wrappers such as FSDP2 hook results."""
     return value if value.shape == shape else value.view(shape)

@@ -15,20 +15,32 @@ from gflowgr.reference import accumulation_dtype
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
+def _address(values: Tensor | None, dtype: torch.dtype) -> int:
+    """Where contiguous values of that dtype lie on the CPU, 0 for none: the core believes what it is told."""
+    if values is None:
+        return 0
+    if values.dtype != dtype or values.device.type != "cpu" or not values.is_contiguous():
+        found = f"{values.dtype} on {values.device}, strides {tuple(values.stride())}"
+        raise TypeError(f"an argument is {found}; the C++ core needs {dtype} on the CPU, contiguous")
+    return values.data_ptr()
+
+
 def _trie(first_child: Tensor, token: Tensor) -> tuple[int, int, int]:
-    return first_child.data_ptr(), token.data_ptr(), token.numel()
+    return _address(first_child, torch.int32), _address(token, torch.int32), token.numel()
+
+
+def _items(first_item: Tensor, item_count: Tensor, item_order: Tensor, items: int) -> tuple[int, ...]:
+    return (*(_address(array, torch.int32) for array in (first_item, item_count, item_order)), items)
 
 
 def _logits(logits: Tensor, first_token: int = 0) -> tuple[int, ...]:
+    if logits.device.type != "cpu" or logits.dtype not in _DTYPES:
+        raise TypeError(f"logits are {logits.dtype} on {logits.device}, the C++ core needs floats on the CPU")
     return (logits.data_ptr(), _DTYPES[logits.dtype], *logits.shape, *logits.stride(), first_token)
 
 
-def _address(values: Tensor | None) -> int:
-    return 0 if values is None else values.data_ptr()
-
-
 def _sums(logits: Tensor, shape: torch.Size) -> Tensor:
-    return torch.empty(shape, dtype=accumulation_dtype(logits.dtype))
+    return logits.new_empty(shape, dtype=accumulation_dtype(logits.dtype))
 
 
 def trie_walk(tokens: Tensor, start: Tensor, first_child: Tensor, token: Tensor) -> Tensor:
@@ -36,11 +48,11 @@ def trie_walk(tokens: Tensor, start: Tensor, first_child: Tensor, token: Tensor)
     nodes = torch.empty_like(tokens)
     _core.walk(
         _trie(first_child, token),
-        tokens.data_ptr(),
-        start.data_ptr(),
+        _address(tokens, torch.int64),
+        _address(start, torch.int64),
         tokens.shape[0],
         tokens.shape[1],
-        nodes.data_ptr(),
+        _address(nodes, torch.int64),
         torch.get_num_threads(),
     )
     return nodes
@@ -52,7 +64,11 @@ def trie_log_softmax(
     nodes = nodes.contiguous()
     out = _sums(logits, logits.shape)
     _core.log_softmax(
-        _trie(first_child, token), _logits(logits), nodes.data_ptr(), out.data_ptr(), torch.get_num_threads()
+        _trie(first_child, token),
+        _logits(logits),
+        _address(nodes, torch.int64),
+        _address(out, out.dtype),
+        torch.get_num_threads(),
     )
     return out
 
@@ -66,15 +82,17 @@ def trie_log_softmax_backward(
     max_children: int,
     dtype: torch.dtype,
 ) -> Tensor:
+    if grad.dtype != accumulation_dtype(dtype):
+        raise TypeError(f"grad is {grad.dtype}, needs {accumulation_dtype(dtype)} for logits in {dtype}")
     nodes, log_probs = nodes.contiguous(), log_probs.contiguous()
     grad_logits = zeros(grad.shape, dtype, grad.device)
     _core.log_softmax_backward(
         _trie(first_child, token),
         _logits(grad),
         _DTYPES[dtype],
-        log_probs.data_ptr(),
-        nodes.data_ptr(),
-        grad_logits.data_ptr(),
+        _address(log_probs, accumulation_dtype(dtype)),
+        _address(nodes, torch.int64),
+        _address(grad_logits, grad_logits.dtype),
         torch.get_num_threads(),
     )
     return grad_logits
@@ -94,9 +112,9 @@ def trie_token_log_probs(
     _core.token_log_probs(
         _trie(first_child, token),
         _logits(logits, first_token),
-        tokens.data_ptr(),
-        start.data_ptr(),
-        out.data_ptr(),
+        _address(tokens, torch.int64),
+        _address(start, torch.int64),
+        _address(out, out.dtype),
         torch.get_num_threads(),
     )
     return out
@@ -117,10 +135,10 @@ def trie_token_log_probs_backward(
     _core.token_log_probs_backward(
         _trie(first_child, token),
         _logits(logits, first_token),
-        tokens.data_ptr(),
-        start.data_ptr(),
-        grad.data_ptr(),
-        grad_logits.data_ptr(),
+        _address(tokens, torch.int64),
+        _address(start, torch.int64),
+        _address(grad, accumulation_dtype(logits.dtype)),
+        _address(grad_logits, grad_logits.dtype),
         torch.get_num_threads(),
     )
     return grad_logits
@@ -144,12 +162,12 @@ def trie_sample(
     _core.sample(
         _trie(first_child, token),
         _logits(logits),
-        nodes.data_ptr(),
-        uniform.data_ptr(),
+        _address(nodes, torch.int64),
+        _address(uniform, torch.float64),
         temperature,
-        tokens.data_ptr(),
-        reached.data_ptr(),
-        log_probs.data_ptr(),
+        _address(tokens, torch.int64),
+        _address(reached, torch.int64),
+        _address(log_probs, log_probs.dtype),
         torch.get_num_threads(),
     )
     return tokens, reached, log_probs
@@ -164,11 +182,11 @@ def trajectory_balance(
     loss, residual = torch.empty_like(log_rewards), torch.empty_like(log_rewards)
     _core.trajectory_balance(
         _DTYPES[log_probs.dtype],
-        log_probs.data_ptr(),
-        _address(mask),
+        _address(log_probs, log_probs.dtype),
+        _address(mask, torch.bool),
         log_probs.shape[0],
         log_probs.shape[1],
-        (log_rewards.data_ptr(), log_z.data_ptr(), _address(weights), loss.data_ptr(), residual.data_ptr()),
+        tuple(_address(each, log_probs.dtype) for each in (log_rewards, log_z, weights, loss, residual)),
     )
     return loss, residual
 
@@ -176,14 +194,14 @@ def trajectory_balance(
 def trajectory_balance_backward(grad_residual: Tensor, mask: Tensor | None, steps: int) -> Tensor:
     grad_residual = grad_residual.contiguous()
     mask = None if mask is None else mask.contiguous()
-    grad_log_probs = torch.empty(grad_residual.shape[0], steps, dtype=grad_residual.dtype)
+    grad_log_probs = grad_residual.new_empty(grad_residual.shape[0], steps)
     _core.trajectory_balance_backward(
         _DTYPES[grad_residual.dtype],
-        grad_residual.data_ptr(),
-        _address(mask),
+        _address(grad_residual, grad_residual.dtype),
+        _address(mask, torch.bool),
         grad_residual.shape[0],
         steps,
-        grad_log_probs.data_ptr(),
+        _address(grad_log_probs, grad_residual.dtype),
     )
     return grad_log_probs
 
@@ -206,9 +224,12 @@ def trie_trajectory_balance(
     _core.trie_trajectory_balance(
         _trie(first_child, token),
         _logits(logits),
-        tokens.data_ptr(),
-        start.data_ptr(),
-        (log_rewards.data_ptr(), log_z.data_ptr(), _address(weights), loss.data_ptr(), residual.data_ptr()),
+        _address(tokens, torch.int64),
+        _address(start, torch.int64),
+        tuple(
+            _address(each, accumulation_dtype(logits.dtype))
+            for each in (log_rewards, log_z, weights, loss, residual)
+        ),
         torch.get_num_threads(),
     )
     return loss, residual
@@ -227,11 +248,11 @@ def trie_log_flows(
     out = log_rewards.new_empty(batch, token.numel())
     _core.log_flows(
         _trie(first_child, token),
-        (first_item.data_ptr(), item_count.data_ptr(), item_order.data_ptr(), items),
+        _items(first_item, item_count, item_order, items),
         _DTYPES[log_rewards.dtype],
-        log_rewards.data_ptr(),
+        _address(log_rewards, log_rewards.dtype),
         batch,
-        out.data_ptr(),
+        _address(out, out.dtype),
         torch.get_num_threads(),
     )
     return out
@@ -252,13 +273,13 @@ def trie_log_flows_backward(
     grad_rewards = torch.empty_like(log_rewards)
     _core.log_flows_backward(
         _trie(first_child, token),
-        (first_item.data_ptr(), item_count.data_ptr(), item_order.data_ptr(), items),
+        _items(first_item, item_count, item_order, items),
         _DTYPES[log_rewards.dtype],
-        grad.data_ptr(),
-        log_rewards.data_ptr(),
-        log_flows.data_ptr(),
+        _address(grad, log_rewards.dtype),
+        _address(log_rewards, log_rewards.dtype),
+        _address(log_flows, log_rewards.dtype),
         batch,
-        grad_rewards.data_ptr(),
+        _address(grad_rewards, log_rewards.dtype),
         torch.get_num_threads(),
     )
     return grad_rewards
@@ -272,10 +293,10 @@ def flow_matching(
     _core.flow_matching(
         _trie(first_child, token),
         _logits(logits),
-        nodes.data_ptr(),
-        log_flows.data_ptr(),
+        _address(nodes, torch.int64),
+        _address(log_flows, accumulation_dtype(logits.dtype)),
         nodes.numel() // max(log_flows.shape[0], 1),
-        out.data_ptr(),
+        _address(out, out.dtype),
         torch.get_num_threads(),
     )
     return out
@@ -298,12 +319,12 @@ def flow_matching_backward(
     _core.flow_matching_backward(
         _trie(first_child, token),
         _logits(logits),
-        nodes.data_ptr(),
-        log_flows.data_ptr(),
+        _address(nodes, torch.int64),
+        _address(log_flows, accumulation_dtype(logits.dtype)),
         nodes.numel() // max(log_flows.shape[0], 1),
-        grad.data_ptr(),
-        grad_logits.data_ptr(),
-        _address(grad_flows if needs_grad_flows else None),
+        _address(grad, accumulation_dtype(logits.dtype)),
+        _address(grad_logits, grad_logits.dtype),
+        _address(grad_flows if needs_grad_flows else None, log_flows.dtype),
         torch.get_num_threads(),
     )
     return grad_logits, grad_flows

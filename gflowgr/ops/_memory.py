@@ -15,7 +15,7 @@ def zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor
 
     The gradient of logits is zero but for a few columns a row. `torch.zeros` writes all of it, and most of
     that time goes into page faults; NumPy takes large arrays from the system, which hands out pages that are
-    zero already and makes them real when they are first written.
+    zero already and makes them real when they are first written. Such a tensor's storage cannot be resized.
     """
     size = shape.numel() * dtype.itemsize
     if device.type != "cpu" or size < _LARGE:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
 BACKENDS = ("auto", "cpp", "triton", "torch")
 HAS_CPP = importlib.util.find_spec("gflowgr._core") is not None
@@ -110,7 +110,9 @@ def register(
 
     def run(*args: Any) -> Any:
         if implementation is not None:
-            return implementation(*args)
+            # Its dtypes are settled, and a backward may run in another autocast region than its forward did.
+            with torch.autocast(args[0].device.type, enabled=False):
+                return implementation(*args)
         return getattr(kernels_of(args[-1]), name)(*args[:-1])
 
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -127,7 +129,11 @@ def register(
     dispatched = getattr(torch.ops.gflowgr, name)
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or somebody_listens(args):
+        if torch.compiler.is_compiling():
+            return dispatched(*args)
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(name, args)
+        if somebody_listens(args):
             return dispatched(*args)
         if not (torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)):
             return run(*args)
@@ -137,10 +143,18 @@ def register(
 
 
 def _differentiated_once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A backward is an op without one: PyTorch would warn of a second derivative, and get it wrong."""
-    refusing = once_differentiable(backward)
-    # Gradients are on inside a backward pass when somebody wants to differentiate it.
-    return lambda ctx, *grads: (refusing if torch.is_grad_enabled() else backward)(ctx, *grads)
+    """A backward is an op without one: its derivative would be taken for 0."""
+
+    def once(ctx: Any, *grads: Any) -> Any:
+        # Gradients are on inside a backward pass when somebody wants to differentiate it.
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        refuse: Any = torch._C._functions.DelayedError("gflowgr's ops have no second derivative", len(found))
+        return refuse(*(None if each is None else each.detach().requires_grad_() for each in found))
+
+    return once
 
 
 def _autograd_function(
@@ -155,14 +169,27 @@ def _autograd_function(
     return type(name, (torch.autograd.Function,), members)
 
 
+def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
+    """There is no forward-mode derivative, and PyTorch would take it for 0."""
+    if any(isinstance(a, Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in args):
+        raise NotImplementedError(f"{name} has no forward-mode derivative; backend='torch' has one")
+
+
 def somebody_listens(args: tuple[Any, ...]) -> bool:
-    """Whether a mode, a transform, the profiler or a tensor subclass has to see a call of the dispatcher."""
+    """Whether a mode, a transform, a tracer, the profiler or a tensor's kind needs the dispatcher."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
         or torch.autograd._profiler_enabled()
-        or not all(type(a) in _PLAIN for a in args if isinstance(a, Tensor))
+        or not all(_is_plain(a) for a in args if isinstance(a, Tensor))
     )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Memory as it seems: no subclass, no pending negation, no tensor that stands for zeros."""
+    return type(tensor) in _PLAIN and not tensor.is_neg() and not tensor._is_zerotensor()
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)

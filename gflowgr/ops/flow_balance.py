@@ -66,7 +66,7 @@ def subtrajectory_balance(
         TypeError, ValueError: an argument has the wrong type, shape, device or range.
     """
     log_probs, log_flows, mask, weights = _prepared(log_probs, log_flows, mask, weights, reduction)
-    if not 0 < lam < float("inf"):
+    if not _checks.number("lam", lam) > 0:
         raise ValueError(f"lam is {lam}, needs a finite number above 0")
     loss = _subtrajectory_balance(log_probs, log_flows, lam, mask)
     return reference.reduce(loss, weights, reduction)

@@ -136,17 +136,24 @@ def _above_group_mean(values: Tensor, group_size: int) -> Tensor:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     logits, tokens, start, first_child, token, ctx.max_children, _, ctx.group_size, ctx.backend = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1], logits, tokens, start, first_child, token)
 
 
-def _backward(ctx: Any, grad_loss: Tensor, grad_deviation: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return (None,) * 9
     deviation, logits, tokens, *arrays = ctx.saved_tensors
     # A deviation's gradient reaches the estimates less the group's mean of it.
-    grad = _above_group_mean(2 * deviation * grad_loss + grad_deviation, ctx.group_size)
-    grad_logits = token_log_probs_backward(
-        (-grad).unsqueeze(-1).expand(tokens.shape), logits, tokens, *arrays, ctx.max_children, 0, ctx.backend
-    )
-    return grad_logits, None, None, None, None, None, grad, None, None
+    grad = _above_group_mean(2 * deviation * grad_loss, ctx.group_size)
+    grad_logits = None
+    if ctx.needs_input_grad[0]:
+        each = (-grad).unsqueeze(-1).expand(tokens.shape)
+        grad_logits = token_log_probs_backward(
+            each, logits, tokens, *arrays, ctx.max_children, 0, ctx.backend
+        )
+    return grad_logits, *(None,) * 5, grad, None, None
 
 
 _variance = register_composite(

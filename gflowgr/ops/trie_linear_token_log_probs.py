@@ -64,7 +64,8 @@ def trie_linear_token_log_probs(
     if bias is not None:
         _checks.shaped("bias", _checks.floats("bias", bias, 1), weight.shape[:1])
     kind = hidden.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if autocast and hidden.dtype != torch.float64:
         hidden = hidden.to(torch.get_autocast_dtype(kind))
     else:
         _checks.same_dtype("weight", weight, hidden.dtype)
@@ -78,7 +79,8 @@ def trie_linear_token_log_probs(
             f"first_token is {first_token}, needs at most the trie's smallest token, "
             f"{min(low for low, _ in trie.token_ranges)}"
         )
-    if softcap is not None and not 0 < softcap < float("inf"):
+    _checks.number("scale", scale)
+    if softcap is not None and not _checks.number("softcap", softcap) > 0:
         raise ValueError(f"softcap is {softcap}, needs a finite number above 0, or None")
     backend = resolve_backend(backend, "trie_token_log_probs", hidden.device)
     if backend == "torch":
@@ -112,6 +114,7 @@ class _Step(NamedTuple):
 
     depth: int
     rows: Tensor | slice
+    chooses: Tensor | None
     tokens: Tensor
     start: Tensor
     head: slice
@@ -132,10 +135,14 @@ def _steps(
     chooses = (nodes >= 0) & (first_child[inner + 1] - first_child[inner] > 1)
     wanted = torch.where(nodes >= 0, tokens, -1)
     for depth in range(min(tokens.shape[1], len(lowest))):
-        # How many rows choose is known to the host for the CPU alone.
-        rows = chooses[:, depth].nonzero().squeeze(1) if backend == "cpp" else slice(None)
-        head = slice(lowest[depth] - first_token, highest[depth] + 1 - first_token)
-        yield _Step(depth, rows, wanted[rows, depth : depth + 1], before[rows, depth], head, lowest[depth])
+        # How many rows choose is known to the host for the CPU alone. Elsewhere all rows come along, with
+        # zeros for the states that do not count.
+        here = chooses[:, depth]
+        rows, mask = (
+            (here.nonzero().squeeze(1), None) if backend == "cpp" else (slice(None), here.unsqueeze(1))
+        )
+        head, low = slice(lowest[depth] - first_token, highest[depth] + 1 - first_token), lowest[depth]
+        yield _Step(depth, rows, mask, wanted[rows, depth : depth + 1], before[rows, depth], head, low)
 
 
 def _head(
@@ -143,6 +150,7 @@ def _head(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """States (n, D) and head (W, D) of a depth, and their logits (n, W)."""
     states, head = hidden[step.rows, step.depth], weight[step.head].to(hidden.dtype)
+    states = states if step.chooses is None else torch.where(step.chooses, states, 0.0)
     logits = F.linear(states, head, None if bias is None else bias[step.head].to(hidden.dtype))
     return states, head, reference.scaled_and_capped(logits, scale, softcap)
 

@@ -49,10 +49,10 @@ def trie_sample(
     nodes = _checks.integers("nodes", nodes, logits.shape[:-1])
     _checks.same_device("nodes", nodes, logits.device)
     _checks.trie_for(trie, logits.device, logits.shape[-1])
-    if not isinstance(temperature, (int, float)):
-        raise TypeError(f"temperature is a {type(temperature).__name__}, needs a number")
-    if not 0 < temperature < float("inf"):
+    if not _checks.number("temperature", temperature) > 0:
         raise ValueError(f"temperature is {temperature}, needs a finite number above 0")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator is a {type(generator).__name__}, needs a torch.Generator or None")
     if generator is not None and generator.device.type != logits.device.type:
         raise ValueError(f"generator is of {generator.device}, needs {logits.device} like logits")
     backend = resolve_backend(backend, "trie_sample", logits.device)
