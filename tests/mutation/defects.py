@@ -343,8 +343,8 @@ DEFECTS = [
     ),
     Defect(
         "gflowgr/ops/trie_linear_token_log_probs.py",
-        "head, low = slice(lowest[depth] - first_token, highest[depth] + 1 - first_token), ",
-        "head, low = slice(lowest[depth] - first_token, max(highest[depth], lowest[depth] + 1) - first_token), ",
+        "highest[depth] + 1 - first_token), ",
+        "max(highest[depth], lowest[depth] + 1) - first_token), ",
         "off by one: a level's largest token is cut off",
         f"{VALUES.replace('cpp', 'linear')}",
     ),
@@ -492,7 +492,7 @@ DEFECTS = [
     Defect(
         "kernels/flow_matching.py",
         "leads = tl.max(same.to(tl.int32), 0) == 0",
-        "leads = earlier < leader",
+        "leads = tl.max(same.to(tl.int32), 0) >= 0",
         "a later row at the same node overwrites the sum of all with that of the rest",
         TRITON,
     ),
