@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 settings.register_profile(
     "gflowgr",
@@ -25,7 +25,11 @@ settings.register_profile(
     database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-settings.load_profile("gflowgr")
+# For planted defects: the first example that fails is enough, where the smallest can take minutes to find.
+settings.register_profile(
+    "first-failure", settings.get_profile("gflowgr"), phases=[Phase.explicit, Phase.generate]
+)
+settings.load_profile(os.environ.get("GFLOWGR_HYPOTHESIS", "gflowgr"))
 torch.set_num_threads(1)
 
 

@@ -66,6 +66,7 @@ def environment_of(copy: Path) -> dict[str, str]:
         # A file that is changed twice within a second would otherwise run as it was.
         "PYTHONDONTWRITEBYTECODE": "1",
         "OMP_NUM_THREADS": "1",
+        "GFLOWGR_HYPOTHESIS": "first-failure",
     }
 
 
