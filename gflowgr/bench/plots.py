@@ -17,8 +17,18 @@ NONE = "\N{EN DASH}"
 
 
 def readme_table(results: Sequence[Result]) -> str:
-    """The README's block, with a table for each device; the sweep over catalogue sizes has its figure."""
-    shown = sorted((each for each in results if SWEPT not in each.config), key=lambda each: each.device)
+    """The README's block: a table for each device of what a newcomer compares, and the figures.
+
+    A forward pass beside a whole step, and settings that options changed, stay in the table of results.
+    """
+    stepped = {(each.op, each.config) for each in results if each.direction == "forward+backward"}
+    shown = [
+        each
+        for each in results
+        if (":" not in each.config or each.config.startswith("4:nodes="))
+        and (each.direction == "forward+backward" or (each.op, each.config) not in stepped)
+    ]
+    shown.sort(key=lambda each: each.device)
     blocks = [
         _device_table(device, list(group)) for device, group in groupby(shown, key=lambda each: each.device)
     ]

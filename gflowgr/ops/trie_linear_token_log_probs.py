@@ -211,7 +211,7 @@ def _backward(
     nothing, device = torch.Size((0,)), hidden.device
     width = torch.Size((size, weight.shape[1]))
     grad_hidden = zeros(hidden.shape if needed[0] else nothing, hidden.dtype, device)
-    grad_weight = zeros(width if needed[1] else nothing, weight.dtype, device)
+    grad_weight = zeros(width if needed[1] else nothing, weight.dtype, device, few=True)
     grad_bias = zeros(
         width[:1] if needed[2] else nothing, weight.dtype if bias is None else bias.dtype, device
     )
