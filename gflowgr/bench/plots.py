@@ -17,17 +17,8 @@ NONE = "\N{EN DASH}"
 
 
 def readme_table(results: Sequence[Result]) -> str:
-    """The README's block: a table for each device of what a newcomer compares, and the figures.
-
-    A forward pass beside a whole step, and settings that options changed, stay in the table of results.
-    """
-    stepped = {(each.op, each.config) for each in results if each.direction == "forward+backward"}
-    shown = [
-        each
-        for each in results
-        if (":" not in each.config or each.config.startswith("4:nodes="))
-        and (each.direction == "forward+backward" or (each.op, each.config) not in stepped)
-    ]
+    """The README's block: a table for each device, and the figures."""
+    shown = headline(results)
     shown.sort(key=lambda each: each.device)
     blocks = [
         _device_table(device, list(group)) for device, group in groupby(shown, key=lambda each: each.device)
@@ -35,6 +26,17 @@ def readme_table(results: Sequence[Result]) -> str:
     if not results:
         return f"`{TABLE.as_posix()}` has no rows yet."
     return "\n\n".join([*blocks, *(f"![{words}]({path.as_posix()})" for path, words in _shown(results))])
+
+
+def headline(results: Sequence[Result]) -> list[Result]:
+    """What a newcomer compares: whole steps where there are any, in settings that no option changed."""
+    stepped = {(each.op, each.config) for each in results if each.direction == "forward+backward"}
+    return [
+        each
+        for each in results
+        if (":" not in each.config or each.op == "trie_build")
+        and (each.direction == "forward+backward" or (each.op, each.config) not in stepped)
+    ]
 
 
 def _shown(results: Sequence[Result]) -> list[tuple[Path, str]]:
@@ -121,12 +123,12 @@ def plot(checkout: Path, write: Callable[[str], None] = print) -> list[Path]:
 
     results = read_results(checkout / TABLE)
     texts = {checkout / README: _replaced(_readme(checkout), readme_table(results))}
-    for path, draw in (
-        (SPEED, speed_figure),
-        (CATALOGUE, catalogue_figure),
-        (MEMORY, memory_figure),
+    shown = headline(results)
+    for path, figure in (
+        (SPEED, speed_figure(shown)),
+        (CATALOGUE, catalogue_figure(results)),
+        (MEMORY, memory_figure(shown)),
     ):
-        figure = draw(results)
         if figure is not None:
             texts[checkout / path] = svg(figure)
     for path, text in texts.items():
