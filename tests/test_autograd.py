@@ -508,3 +508,23 @@ def test_gradients_sum_to_zero_over_the_children(backend: str) -> None:
     )
     assert np.allclose(grad.sum(-1).cpu(), 0, atol=1e-12)
     assert grad.abs().sum() > 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("backend", backends("trie_log_flows"))
+def test_gradients_of_flows_of_many_children(backend: str, dtype: torch.dtype) -> None:
+    """Kernels take many children by vectors or in chunks; some items collide and some carry nothing."""
+    device = device_of(backend)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, 40, (600, 2), generator=generator)
+    trie = PrefixTrie(rows).to(device)
+    rewards = 3.0 * torch.randn(2, 600, generator=generator, dtype=dtype)
+    rewards[torch.rand(2, 600, generator=generator) < 0.1] = -math.inf
+    grad = torch.randn(2, trie.num_nodes, generator=generator, dtype=dtype).to(device)
+    found = []
+    for values, kernel in ((rewards.to(device), backend), (rewards.double().to(device), "torch")):
+        leaf = values.clone().requires_grad_()
+        ops.trie_log_flows(leaf, trie, backend=kernel).backward(grad.to(values.dtype).nan_to_num())
+        found.append(leaf.grad)
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-10
+    torch.testing.assert_close(found[0].double(), found[1], rtol=tolerance, atol=tolerance)
