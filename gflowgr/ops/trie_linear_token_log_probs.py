@@ -48,7 +48,7 @@ def trie_linear_token_log_probs(
         scale: what the head's product is multiplied by.
         softcap: c in c * tanh(logits / c), above 0, or None.
         sparse_grad: gives `weight` and `bias` a sparse gradient of the trie's rows, which SGD, SparseAdam
-            and accumulation take, and which holds V / (rows of the trie) times less.
+            and accumulation take, and which holds V / (rows of the trie) times less. Not by "torch".
         backend: "auto", "cpp", "triton" or "torch".
 
     Returns:
@@ -73,6 +73,8 @@ def trie_linear_token_log_probs(
     tokens = _checks.integers("tokens", tokens, hidden.shape[:-1])
     for name, value in (("tokens", tokens), ("weight", weight), ("bias", weight if bias is None else bias)):
         _checks.same_device(name, value, hidden.device)
+    if not isinstance(first_token, int):
+        raise TypeError(f"first_token is a {type(first_token).__name__}, needs an int")
     _checks.trie_for(trie, hidden.device, first_token + weight.shape[0])
     if trie.token_ranges and min(low for low, _ in trie.token_ranges) < first_token:
         raise ValueError(
@@ -84,6 +86,8 @@ def trie_linear_token_log_probs(
         raise ValueError(f"softcap is {softcap}, needs a finite number above 0, or None")
     backend = resolve_backend(backend, "trie_token_log_probs", hidden.device)
     if backend == "torch":
+        if sparse_grad:
+            raise ValueError("sparse_grad is True, needs the backend cpp or triton, not torch")
         start = _checks.start_nodes(0, tokens)
         return reference.trie_linear_token_log_probs(
             hidden, weight, tokens, trie, bias, start, first_token, scale, softcap
