@@ -36,10 +36,6 @@ DEVICES = ("cpu", "cuda")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")
 
 _COMPILED = tuple(name for name in _registry.BACKENDS if name not in ("auto", "torch"))
-# Ops that ask the registry under the name of the op that does their work.
-_SERVED_AS = dict.fromkeys(
-    ("trie_linear_token_log_probs", "trie_log_partition_variance"), "trie_token_log_probs"
-)
 
 
 def report() -> dict[str, Any]:
@@ -127,15 +123,14 @@ def _cores() -> int:
 
 
 def _serving(op: str, device: str, absent: bool) -> dict[str, Any]:
-    name = _SERVED_AS.get(op, op)
     place = torch.device(device)
     obstacles = {
         backend: obstacle
         for backend in _COMPILED
-        if (obstacle := _registry.why_not(backend, name, place)) is not None
+        if (obstacle := _registry.why_not(backend, op, place)) is not None
     }
     return {
-        "auto": None if absent else _registry.resolve_backend("auto", name, place),
+        "auto": None if absent else _registry.resolve_backend("auto", op, place),
         "obstacles": obstacles,
     }
 

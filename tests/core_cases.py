@@ -45,8 +45,6 @@ def backends(op: str) -> list[Any]:
 
 def _skip_triton(op: str) -> tuple[Any, ...]:
     obstacle = _registry.why_not("triton", op, device_of("triton"))
-    if obstacle is None and not hasattr(_registry.kernels_of("triton"), op):
-        obstacle = f"gflowgr.kernels does not export {op} yet"
     return () if obstacle is None else (pytest.mark.skip(reason=obstacle),)
 
 

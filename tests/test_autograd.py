@@ -208,13 +208,8 @@ ON_PATHS = (
 )
 
 
-_COMPOSED = ("trie_linear_token_log_probs", "trie_log_partition_variance")
-
-
 def kernels_for(op: str) -> list[Any]:
-    """(op, backend): some ops have no kernel of their own, they call that of the token log-probs."""
-    kernel = op if op not in _COMPOSED else "trie_token_log_probs"
-    return [pytest.param(op, *backend.values, marks=backend.marks) for backend in backends(kernel)]
+    return [pytest.param(op, *backend.values, marks=backend.marks) for backend in backends(op)]
 
 
 @pytest.mark.parametrize(("op", "backend"), [pair for op in CASES for pair in kernels_for(op)])

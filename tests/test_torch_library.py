@@ -129,9 +129,6 @@ DIRECT = (
     "trie_log_partition_variance",
     "flow_matching",
 )
-SERVED_AS = dict.fromkeys(
-    ("trie_linear_token_log_probs", "trie_log_partition_variance"), "trie_token_log_probs"
-)
 COMPOSITE = ("log_partition_variance", "detailed_balance", "subtrajectory_balance")
 
 
@@ -139,9 +136,8 @@ def every_op_and_backend() -> list[Any]:
     pairs = [pytest.param(op, "auto") for op in COMPOSITE]
     for op in PUBLIC:
         if op not in COMPOSITE:
-            kernel = SERVED_AS.get(op, op)
             # Inside a graph the kernels are opaque, so the slow interpreter would show nothing new.
-            names = [b for b in backends(kernel) if b.values[0] != "triton" or torch.cuda.is_available()]
+            names = [b for b in backends(op) if b.values[0] != "triton" or torch.cuda.is_available()]
             pairs += [pytest.param(op, *backend.values, marks=backend.marks) for backend in names]
     return pairs
 
@@ -202,7 +198,6 @@ def every_registered_op() -> list[Any]:
     pairs = []
     for name in sorted(registered()):
         kernel = name.removesuffix("_backward")
-        kernel = SERVED_AS.get(kernel, kernel)
         served = [] if kernel in COMPOSITE else [b for b in backends(kernel) if b.values[0] != "torch"]
         pairs += [pytest.param(name, *b.values, marks=b.marks) for b in served] or [
             pytest.param(name, "auto")

@@ -37,7 +37,7 @@ class Case:
     """An op: its inputs, the call that is measured, the definition that it is checked against, its baselines.
 
     `configs` are where it is measured unless asked otherwise, `gradients` the inputs that are differentiated.
-    `kernel` is the op whose backends serve it, if another; `only_backend` that of an op without a choice.
+    `only_backend` is that of an op without a choice.
     `verify` replaces the comparison with `definition`, `builds_trie` says that the memory is the trie's.
     `decodes` marks a step of decoding, whose rows may be asked to stand at one depth.
     `rounds_logits` marks results that cannot be more exact than logits in the inputs' dtype.
@@ -54,7 +54,6 @@ class Case:
     operations: Callable[[Problem, Inputs, bool], int] | None = None
     takes_logits: bool = True
     rounds_logits: bool = False
-    kernel: str | None = None
     only_backend: str | None = None
     devices: tuple[str, ...] = ("cpu", "cuda")
     verify: Callable[[Call, Problem, Inputs], None] | None = None

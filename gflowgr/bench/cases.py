@@ -117,7 +117,6 @@ _ALL_CASES = (
         ("hidden", "weight"),
         operations=traffic.head_operations,
         rounds_logits=True,
-        kernel="trie_token_log_probs",
     ),
     Case(
         "trie_trajectory_balance",
@@ -153,7 +152,6 @@ _ALL_CASES = (
         traffic.policy_bytes,
         {"dense_mask": Baseline(baselines.masked_log_partition_variance), "floor": _FLOOR},
         ("logits",),
-        kernel="trie_token_log_probs",
     ),
     Case(
         "flow_matching",

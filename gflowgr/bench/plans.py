@@ -187,7 +187,7 @@ def _backend_of(case: Case, wanted: str, device: torch.device, depth: int | None
     if depth is not None and not case.decodes:
         raise RuntimeError(f"{case.op} follows whole items, so it has no depth")
     if case.only_backend is None:
-        return resolve_backend(wanted, case.kernel or case.op, device)
+        return resolve_backend(wanted, case.op, device)
     if wanted not in ("auto", case.only_backend):
         raise RuntimeError(f"{case.op} has the backend {case.only_backend} only, not {wanted}")
     if device.type not in case.devices:

@@ -26,25 +26,17 @@ CPP_OPS = frozenset(
         "trie_walk",
         "trie_log_softmax",
         "trie_token_log_probs",
+        "trie_linear_token_log_probs",
         "trie_sample",
         "trie_log_flows",
         "trajectory_balance",
         "trie_trajectory_balance",
+        "trie_log_partition_variance",
         "flow_matching",
     }
 )
-TRITON_OPS = frozenset(
-    {
-        "trie_walk",
-        "trie_log_softmax",
-        "trie_token_log_probs",
-        "trie_sample",
-        "trie_log_flows",
-        "trajectory_balance",
-        "trie_trajectory_balance",
-        "flow_matching",
-    }
-)
+# All of them so far.
+TRITON_OPS = CPP_OPS
 
 LIBRARY = torch.library.Library("gflowgr", "DEF")
 

@@ -95,7 +95,7 @@ def trie_log_partition_variance(
     log_rewards = _checks.per_trajectory("log_rewards", log_rewards, like)
     weights = None if weights is None else _checks.per_trajectory("weights", weights, like).detach()
     start = _checks.start_nodes(0, tokens)
-    backend = resolve_backend(backend, "trie_token_log_probs", logits.device)
+    backend = resolve_backend(backend, "trie_log_partition_variance", logits.device)
     if backend == "torch":
         log_probs = reference.trie_token_log_probs(logits, tokens, trie, start)
         loss = reference.log_partition_variance(log_probs, log_rewards, group_size, None)

@@ -84,7 +84,7 @@ def trie_linear_token_log_probs(
     _checks.number("scale", scale)
     if softcap is not None and not _checks.number("softcap", softcap) > 0:
         raise ValueError(f"softcap is {softcap}, needs a finite number above 0, or None")
-    backend = resolve_backend(backend, "trie_token_log_probs", hidden.device)
+    backend = resolve_backend(backend, "trie_linear_token_log_probs", hidden.device)
     if backend == "torch":
         if sparse_grad:
             raise ValueError("sparse_grad is True, needs the backend cpp or triton, not torch")
