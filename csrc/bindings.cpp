@@ -18,8 +18,10 @@ namespace gflowgr {
 namespace {
 
 using Address = std::uintptr_t;
-// first_child, token, number of nodes
-using TrieArgs = std::tuple<Address, Address, std::int64_t>;
+// first_child, token, bytes of a token, number of nodes
+using TrieArgs = std::tuple<Address, Address, int, std::int64_t>;
+// item_node, node_items, number of items, of those present
+using CatalogueArgs = std::tuple<Address, Address, std::int64_t, std::int64_t>;
 // first_item, item_count, item_order, number of items
 using ItemArgs = std::tuple<Address, Address, Address, std::int64_t>;
 // data, dtype, shape (B, T, V), strides, first token
@@ -35,8 +37,14 @@ T* at(Address address) {
 }
 
 Trie trie_of(const TrieArgs& args) {
-  const auto& [first_child, token, nodes] = args;
-  return {at<const std::int32_t>(first_child), at<const std::int32_t>(token), nodes};
+  const auto& [first_child, token, bytes, nodes] = args;
+  const Tokens tokens = bytes == 2 ? Tokens(at<const std::uint16_t>(token)) : Tokens(at<const std::int32_t>(token));
+  return {at<const std::int32_t>(first_child), tokens, nodes};
+}
+
+Catalogue catalogue_of(const TrieArgs& trie, const CatalogueArgs& args) {
+  const auto& [item_node, node_items, items, present] = args;
+  return {trie_of(trie), at<const std::int32_t>(item_node), at<const std::int32_t>(node_items), items, present};
 }
 
 ItemTrie item_trie_of(const TrieArgs& trie, const ItemArgs& args) {
@@ -64,32 +72,51 @@ void for_dtype_of(const LogitsArgs& logits, const Body& body) {
   dispatch(static_cast<Dtype>(std::get<1>(logits)), body);
 }
 
-py::array_t<std::int32_t> adopt(std::vector<std::int32_t>&& values) {
-  auto owner = std::make_unique<std::vector<std::int32_t>>(std::move(values));
-  const auto* data = owner->data();
+template <class T>
+py::array_t<T> adopt(Buffer<T>&& values) {
+  auto owner = std::make_unique<Buffer<T>>(std::move(values));
+  const T* data = owner->data();
   const auto size = static_cast<py::ssize_t>(owner->size());
-  py::capsule keeper(owner.release(), [](void* held) { delete static_cast<std::vector<std::int32_t>*>(held); });
-  return py::array_t<std::int32_t>(size, data, keeper);
+  py::capsule keeper(owner.release(), [](void* held) { delete static_cast<Buffer<T>*>(held); });
+  return py::array_t<T>(size, data, keeper);
+}
+
+py::dict adopt(TrieArrays&& arrays) {
+  py::dict result;
+  result["first_child"] = adopt(std::move(arrays.first_child));
+  if (arrays.token.is_narrow())
+    result["narrow_token"] = adopt(std::move(arrays.token.narrow()));
+  else
+    result["narrow_token"] = adopt(std::move(arrays.token.wide()));
+  result["item_node"] = adopt(std::move(arrays.item_node));
+  result["node_items"] = adopt(std::move(arrays.node_items));
+  return result;
+}
+
+// Runs make() without the interpreter's lock.
+template <class Make>
+auto unlocked(const Make& make) {
+  py::gil_scoped_release release;
+  return make();
 }
 
 template <class Token>
-py::dict build(const py::array_t<Token, py::array::c_style>& rows) {
+using RowArray = py::array_t<Token, py::array::c_style>;
+
+template <class Token>
+py::dict build(const RowArray<Token>& rows) {
   if (rows.ndim() != 2) throw std::invalid_argument("sequences needs two dimensions");
   const Token* data = rows.data();
   const std::int64_t items = rows.shape(0), levels = rows.shape(1);
-  TrieArrays arrays;
-  {
-    py::gil_scoped_release release;
-    arrays = build_trie(data, items, levels);
-  }
-  py::dict result;
-  result["first_child"] = adopt(std::move(arrays.first_child));
-  result["token"] = adopt(std::move(arrays.token));
-  result["first_item"] = adopt(std::move(arrays.first_item));
-  result["item_count"] = adopt(std::move(arrays.item_count));
-  result["item_order"] = adopt(std::move(arrays.item_order));
-  result["item_node"] = adopt(std::move(arrays.item_node));
-  return result;
+  return adopt(unlocked([&] { return build_trie(data, items, levels); }));
+}
+
+template <class Token>
+py::dict add(const TrieArgs& trie, const CatalogueArgs& catalogue, const RowArray<Token>& rows) {
+  if (rows.ndim() != 2) throw std::invalid_argument("sequences needs two dimensions");
+  const Token* data = rows.data();
+  const std::int64_t items = rows.shape(0), levels = rows.shape(1);
+  return adopt(unlocked([&] { return add_items(catalogue_of(trie, catalogue), data, items, levels); }));
 }
 
 }  // namespace
@@ -99,6 +126,28 @@ PYBIND11_MODULE(_core, module) {
 
   module.def("build_trie", &build<std::int32_t>, py::arg("rows").noconvert());
   module.def("build_trie", &build<std::int64_t>, py::arg("rows").noconvert());
+
+  module.def("add_items", &add<std::int32_t>, py::arg("trie"), py::arg("catalogue"), py::arg("rows").noconvert());
+  module.def("add_items", &add<std::int64_t>, py::arg("trie"), py::arg("catalogue"), py::arg("rows").noconvert());
+
+  // `removed` holds different items that are present.
+  module.def(
+      "remove_items", [](const TrieArgs& trie, const CatalogueArgs& catalogue, Address removed, std::int64_t count) {
+        return adopt(unlocked(
+            [&] { return remove_items(catalogue_of(trie, catalogue), at<const std::int64_t>(removed), count); }));
+      });
+
+  module.def("levels", [](const TrieArgs& trie) {
+    const Levels levels = unlocked([&] { return levels_of(trie_of(trie)); });
+    return std::tuple(levels.offsets, levels.most_children, levels.smallest_token, levels.largest_token);
+  });
+
+  // first_item, item_count, item_order
+  module.def("item_ranges", [](const TrieArgs& trie, const CatalogueArgs& catalogue) {
+    ItemRanges ranges = unlocked([&] { return item_ranges_of(catalogue_of(trie, catalogue)); });
+    return std::tuple(adopt(std::move(ranges.first_item)), adopt(std::move(ranges.item_count)),
+                      adopt(std::move(ranges.item_order)));
+  });
 
   module.def("walk", [](const TrieArgs& trie, Address tokens, Address start, std::int64_t batch, std::int64_t steps,
                         Address nodes, int threads) {

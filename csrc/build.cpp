@@ -1,7 +1,6 @@
 #include "build.hpp"
 
 #include <algorithm>
-#include <limits>
 #include <numeric>
 #include <stdexcept>
 #include <string>
@@ -9,7 +8,6 @@
 namespace gflowgr {
 namespace {
 
-constexpr std::int64_t kLargest = std::numeric_limits<std::int32_t>::max();
 constexpr int kDigitBits = 16;
 
 template <class Token>
@@ -19,19 +17,21 @@ template <class Token>
   throw std::invalid_argument(text + "], needs tokens, then only -1");
 }
 
+// Sets the lengths and the largest token of `rows`.
 template <class Token>
-std::vector<std::int32_t> checked_lengths(const Token* rows, std::int64_t items, std::int64_t levels) {
-  std::vector<std::int32_t> lengths(items);
+void check(Rows<Token>& rows, std::int64_t items) {
+  rows.lengths.resize(items);
+  rows.largest = 0;
   for (std::int64_t item = 0; item < items; ++item) {
-    const Token* row = rows + item * levels;
+    const Token* row = rows.data + item * rows.levels;
     std::int64_t length = 0;
-    while (length < levels && row[length] >= 0) ++length;
-    if (length == 0) refuse(row, item, levels);
-    for (std::int64_t level = length; level < levels; ++level)
-      if (row[level] != -1) refuse(row, item, levels);
-    lengths[item] = static_cast<std::int32_t>(length);
+    for (; length < rows.levels && row[length] >= 0; ++length)
+      rows.largest = std::max<std::int64_t>(rows.largest, row[length]);
+    if (length == 0) refuse(row, item, rows.levels);
+    for (std::int64_t level = length; level < rows.levels; ++level)
+      if (row[level] != -1) refuse(row, item, rows.levels);
+    rows.lengths[item] = static_cast<std::int32_t>(length);
   }
-  return lengths;
 }
 
 // One stable counting sort of `order` by a digit of each row's token at `level`; the padding sorts first.
@@ -77,65 +77,102 @@ std::vector<std::int32_t> sorted_order(const Token* rows, std::int64_t items, st
 }  // namespace
 
 template <class Token>
-TrieArrays build_trie(const Token* rows, std::int64_t items, std::int64_t levels) {
+Rows<Token> sorted_rows(const Token* data, std::int64_t items, std::int64_t levels) {
   if (items > kLargest) throw std::length_error("sequences has more than 2**31 - 1 rows");
-  const std::vector<std::int32_t> lengths = checked_lengths(rows, items, levels);
-  TrieArrays trie;
-  trie.item_order = sorted_order(rows, items, levels);
+  Rows<Token> rows{data, levels, {}, {}, 0};
+  check(rows, items);
+  rows.order = sorted_order(data, items, levels);
+  return rows;
+}
 
-  const auto row_at = [&](std::int64_t rank) { return rows + trie.item_order[rank] * levels; };
-  std::vector<std::int32_t> shared(items, 0);
-  std::vector<std::int64_t> next(levels + 2, 0);
+template <class Token>
+TrieArrays build_trie(const Token* data, std::int64_t items, std::int64_t levels) {
+  const Rows<Token> rows = sorted_rows(data, items, levels);
+  std::vector<std::int32_t> shared(items);
+  // next[d] is the number of the next new node of depth d, place[d] the rank of the next item that ends there.
+  std::vector<std::int64_t> next(levels + 2, 0), place(levels + 2, 0);
   for (std::int64_t rank = 0; rank < items; ++rank) {
-    const std::int32_t length = lengths[trie.item_order[rank]];
-    if (rank > 0) {
-      const Token *before = row_at(rank - 1), *row = row_at(rank);
-      std::int32_t depth = 0;
-      while (depth < length && row[depth] == before[depth]) ++depth;
-      shared[rank] = depth;
-    }
-    for (std::int32_t depth = shared[rank]; depth < length; ++depth) ++next[depth + 2];
+    shared[rank] = static_cast<std::int32_t>(rows.shared(rank));
+    for (std::int64_t depth = shared[rank]; depth < rows.length(rank); ++depth) ++next[depth + 2];
+    ++place[rows.length(rank) + 1];
   }
   next[1] = 1;
   std::partial_sum(next.begin(), next.end(), next.begin());
+  std::partial_sum(place.begin(), place.end(), place.begin());
   const std::int64_t nodes = next[levels + 1];
   if (nodes > kLargest) throw std::length_error("sequences make a trie of more than 2**31 - 1 nodes");
 
-  trie.first_child.assign(nodes + 1, static_cast<std::int32_t>(nodes));
-  trie.token.resize(nodes);
-  trie.first_item.resize(nodes);
-  trie.item_count.assign(nodes, 0);
-  trie.item_node.resize(items);
-  // next[d] is the number of the next new node of depth d; open[d] the node of depth d on the current path.
+  TrieArrays trie{Buffer<std::int32_t>(nodes + 1), TokenBuffer(nodes, rows.largest <= kLargestNarrow),
+                  Buffer<std::int32_t>(items), Buffer<std::int32_t>(items)};
+  // open[d] is the node of depth d on the current path.
   std::vector<std::int32_t> open(levels + 1, 0);
-  const auto close = [&](std::int64_t from, std::int64_t deepest, std::int64_t rank) {
-    for (std::int64_t depth = from; depth <= deepest; ++depth)
-      trie.item_count[open[depth]] = static_cast<std::int32_t>(rank - trie.first_item[open[depth]]);
-  };
-  trie.token[0] = -1;
-  trie.first_item[0] = 0;
   trie.first_child[0] = 1;
-  std::int64_t deepest = 0;
+  trie.first_child[nodes] = static_cast<std::int32_t>(nodes);
   for (std::int64_t rank = 0; rank < items; ++rank) {
-    const std::int64_t item = trie.item_order[rank], length = lengths[item];
-    const Token* row = rows + item * levels;
-    if (shared[rank] < length || rank == 0) {
-      close(shared[rank] + 1, deepest, rank);
-      for (std::int64_t depth = shared[rank]; depth < length; ++depth) {
-        const std::int64_t node = next[depth + 1]++;
-        open[depth + 1] = static_cast<std::int32_t>(node);
-        trie.token[node] = static_cast<std::int32_t>(row[depth]);
-        trie.first_item[node] = static_cast<std::int32_t>(rank);
-        trie.first_child[node] = static_cast<std::int32_t>(depth + 1 < levels ? next[depth + 2] : nodes);
-      }
-      deepest = length;
+    const std::int64_t length = rows.length(rank);
+    const Token* row = rows.in_order(rank);
+    for (std::int64_t depth = shared[rank]; depth < length; ++depth) {
+      const std::int64_t node = next[depth + 1]++;
+      open[depth + 1] = static_cast<std::int32_t>(node);
+      trie.token.set(node, row[depth]);
+      trie.first_child[node] = static_cast<std::int32_t>(depth + 1 < levels ? next[depth + 2] : nodes);
     }
-    trie.item_node[item] = open[length];
+    trie.item_node[rows.order[rank]] = open[length];
+    trie.node_items[place[length]++] = rows.order[rank];
   }
-  close(0, deepest, items);
   return trie;
 }
 
+std::vector<std::int64_t> level_offsets_of(const Trie& trie) {
+  std::vector<std::int64_t> offsets{0, 1};
+  while (offsets.back() < trie.nodes) offsets.push_back(trie.first_child[offsets.back()]);
+  return offsets;
+}
+
+Levels levels_of(const Trie& trie) {
+  Levels levels;
+  levels.offsets = level_offsets_of(trie);
+  for (std::size_t depth = 0; depth + 2 < levels.offsets.size(); ++depth) {
+    std::int32_t most = 0, smallest = kLargest, largest = 0;
+    for (std::int64_t node = levels.offsets[depth]; node < levels.offsets[depth + 1]; ++node)
+      most = std::max(most, trie.first_child[node + 1] - trie.first_child[node]);
+    for (std::int64_t node = levels.offsets[depth + 1]; node < levels.offsets[depth + 2]; ++node) {
+      smallest = std::min(smallest, trie.token[node]);
+      largest = std::max(largest, trie.token[node]);
+    }
+    levels.most_children.push_back(most);
+    levels.smallest_token.push_back(smallest);
+    levels.largest_token.push_back(largest);
+  }
+  return levels;
+}
+
+ItemRanges item_ranges_of(const Catalogue& catalogue) {
+  const Trie& trie = catalogue.trie;
+  ItemRanges ranges{Buffer<std::int32_t>(trie.nodes), Buffer<std::int32_t>(trie.nodes),
+                    Buffer<std::int32_t>(catalogue.present)};
+  std::fill_n(ranges.item_count.data(), trie.nodes, 0);
+  for (std::int64_t rank = 0; rank < catalogue.present; ++rank)
+    ++ranges.item_count[catalogue.item_node[catalogue.node_items[rank]]];
+  for (std::int64_t node = trie.nodes - 1; node >= 0; --node)
+    for (std::int64_t child = trie.first_child[node]; child < trie.first_child[node + 1]; ++child)
+      ranges.item_count[node] += ranges.item_count[child];
+  ranges.first_item[0] = 0;
+  std::int64_t rank = 0;
+  for (std::int64_t node = 0; node < trie.nodes; ++node) {
+    std::int32_t place = ranges.first_item[node];
+    for (; rank < catalogue.present && catalogue.item_node[catalogue.node_items[rank]] == node; ++rank)
+      ranges.item_order[place++] = catalogue.node_items[rank];
+    for (std::int64_t child = trie.first_child[node]; child < trie.first_child[node + 1]; ++child) {
+      ranges.first_item[child] = place;
+      place += ranges.item_count[child];
+    }
+  }
+  return ranges;
+}
+
+template Rows<std::int32_t> sorted_rows(const std::int32_t*, std::int64_t, std::int64_t);
+template Rows<std::int64_t> sorted_rows(const std::int64_t*, std::int64_t, std::int64_t);
 template TrieArrays build_trie(const std::int32_t*, std::int64_t, std::int64_t);
 template TrieArrays build_trie(const std::int64_t*, std::int64_t, std::int64_t);
 

@@ -131,7 +131,7 @@ struct ChildTarget {
     indices_.resize(kids.count);
     for (std::int64_t child = 0; child < kids.count; ++child) indices_[child] = static_cast<std::int32_t>(child);
     policy.read(row, stride, kids);
-    target.read(flows + kids.first, 1, {indices_.data(), 0, kids.count});
+    target.read(flows + kids.first, 1, {Tokens(indices_.data()), 0, kids.count});
     double divergence = 0;
     for (std::int64_t child = 0; child < kids.count; ++child) {
       const S log_target = target.log_prob(child);

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import operator
 import os
-from functools import cached_property
-from pathlib import Path
+from bisect import bisect_left, bisect_right
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gflowgr import ops
-from gflowgr.numpy_trie import ARRAYS, FORMAT, as_rows, fingerprint, read_arrays
-
-try:
-    from gflowgr import _core
-except ImportError:
-    _core = None  # type: ignore[assignment]
+from gflowgr import ops, trie_arrays, trie_file
+from gflowgr.trie_arrays import ARRAYS, Arrays, Levels, as_rows
 
 
 class PrefixTrie:
@@ -28,20 +23,29 @@ class PrefixTrie:
     `first_child[n] .. first_child[n + 1] - 1`, and the items at or under `n` are the contiguous range
     `item_order[first_item[n] : first_item[n] + item_count[n]]`.
 
+    A trie never changes: `add` and `remove` return another one, so whoever reads, in whatever thread, reads one
+    catalogue. Four arrays are stored, about 4 + 2 bytes a node and 8 an item; the others are made of them on
+    first use and kept.
+
     Args:
         sequences: (N, L) integers (a tensor, an array or nested lists), row i the tokens of item i as the
             model emits them. -1 pads the tail of rows shorter than L. Rows may collide, and one may be a
             prefix of another; only a stop token of yours lets a policy choose to end at such an inner node.
 
     Attributes:
-        first_child: int32 (num_nodes + 1,).
-        token: int32 (num_nodes,), the token on the edge into a node; token[0] = -1.
+        first_child: int32 (num_nodes + 1,), stored.
+        narrow_token: the token on the edge into a node, uint16 (num_nodes,) if all fit and int32 otherwise,
+            stored. That of the root, which has none, is the largest uint16, or -1.
+        item_node: int32 (N,), the node at which an item ends, -1 for one that was removed; stored.
+        node_items: int32 (present items,), sorted by (node at which it ends, item), stored.
+        token: int32 (num_nodes,); token[0] = -1.
+        parent: int32 (num_nodes,), -1 for the root.
         item_count: int32 (num_nodes,), items at or under a node, collisions counted.
-        item_node: int32 (N,), the node at which an item ends.
-        item_order: int32 (N,), items in trie order.
+        item_order: int32 (present items,), items in depth-first order.
         first_item: int32 (num_nodes,), where a node's items begin in `item_order`.
         max_token: the largest token.
         max_children: the largest number of children of a node.
+        max_children_at: the same for the nodes of each depth.
         token_ranges: for each depth, the smallest and the largest token that leads from it to the next.
         level_offsets: nodes of depth d are level_offsets[d] .. level_offsets[d + 1] - 1.
 
@@ -51,43 +55,46 @@ class PrefixTrie:
     """
 
     first_child: Tensor
-    token: Tensor
-    first_item: Tensor
-    item_count: Tensor
-    item_order: Tensor
+    narrow_token: Tensor
     item_node: Tensor
+    node_items: Tensor
+
+    def __init__(self, sequences: Any) -> None:
+        self._adopt(trie_arrays.build(_as_rows(sequences)))
 
     # Tensors made in inference mode could not be saved for a backward pass.
     @torch.inference_mode(False)
-    def __init__(self, sequences: Any) -> None:
-        rows = _as_rows(sequences)
-        arrays = _core.build_trie(rows) if _core else build_with_numpy(rows)
-        self._adopt({name: torch.from_numpy(array) for name, array in arrays.items()})
-
-    def _adopt(self, arrays: dict[str, Tensor]) -> None:
+    def _adopt(self, arrays: Arrays, levels: Levels | None = None) -> None:
         for name in ARRAYS:
-            setattr(self, name, arrays[name])
+            setattr(self, name, torch.from_numpy(arrays[name]))
+        levels = levels or trie_arrays.levels_of(arrays)
+        self.level_offsets = levels.offsets
+        self.max_children_at = levels.most_children
+        self.token_ranges = tuple(zip(levels.smallest_token, levels.largest_token, strict=True))
+        self.max_children = max(levels.most_children)
+        self.max_token = max(levels.largest_token)
+        self._forget()
+
+    def _forget(self) -> None:
+        # No cached_property: before Python 3.12 it takes a lock, which torch.compile cannot trace.
+        self._token: Tensor | None = None
         self._parent: Tensor | None = None
-        self.max_token = int(self.token.max())
-        self.max_children = int((self.first_child[1:] - self.first_child[:-1]).max())
-        offsets = [0, 1]
-        while offsets[-1] > offsets[-2]:
-            offsets.append(int(self.first_child[offsets[-1]]))
-        self.level_offsets = tuple(offsets[:-1])
-        self.token_ranges = tuple(
-            (int(tokens.min()), int(tokens.max()))
-            for tokens in map(
-                self.token.__getitem__, map(slice, self.level_offsets[1:-1], self.level_offsets[2:])
-            )
-        )
+        self._ranges: tuple[Tensor, Tensor, Tensor] | None = None
+        self._fingerprint: str | None = None
 
     @property
     def num_items(self) -> int:
+        """How many numbers items have been given; those of removed ones are not given again."""
         return self.item_node.numel()
 
     @property
+    def num_present(self) -> int:
+        """How many items there are."""
+        return self.node_items.numel()
+
+    @property
     def num_nodes(self) -> int:
-        return self.token.numel()
+        return self.narrow_token.numel()
 
     @property
     def max_depth(self) -> int:
@@ -95,35 +102,76 @@ class PrefixTrie:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the arrays."""
+        """Bytes of the stored arrays."""
         return sum(getattr(self, name).nbytes for name in ARRAYS)
 
     @property
     def device(self) -> torch.device:
-        return self.token.device
+        return self.first_child.device
+
+    @property
+    def token(self) -> Tensor:
+        if self._token is None:
+            token = self.narrow_token.to(torch.int32)
+            self._token = torch.cat([token.new_full((1,), -1), token[1:]])
+        return self._token
 
     @property
     def parent(self) -> Tensor:
-        """int32 (num_nodes,), the parent of each node, -1 for the root; made on first use."""
-        # No cached_property: before Python 3.12 it takes a lock, which torch.compile cannot trace.
         if self._parent is None:
-            self._parent = self._parents()
+            nodes = torch.arange(self.num_nodes, dtype=torch.int32, device=self.device)
+            counts = (self.first_child[1:] - self.first_child[:-1]).long()
+            parents = torch.repeat_interleave(nodes, counts, output_size=self.num_nodes - 1)
+            self._parent = torch.cat([parents.new_full((1,), -1), parents])
         return self._parent
 
-    def _parents(self) -> Tensor:
-        nodes = torch.arange(self.num_nodes, dtype=torch.int32, device=self.device)
-        counts = (self.first_child[1:] - self.first_child[:-1]).long()
-        parents = torch.repeat_interleave(nodes, counts, output_size=self.num_nodes - 1)
-        return torch.cat([parents.new_full((1,), -1), parents])
+    @property
+    def first_item(self) -> Tensor:
+        return self._item_ranges()[0]
 
-    @cached_property
+    @property
+    def item_count(self) -> Tensor:
+        return self._item_ranges()[1]
+
+    @property
+    def item_order(self) -> Tensor:
+        return self._item_ranges()[2]
+
+    def _item_ranges(self) -> tuple[Tensor, Tensor, Tensor]:
+        """first_item, item_count and item_order: counts from the deepest level up, ranges from the root down."""
+        if self._ranges is not None:
+            return self._ranges
+        ends = self.item_node[self.node_items.long()].long()
+        own = torch.zeros_like(self.first_child[1:]).index_add(0, ends, torch.ones_like(self.node_items))
+        count, parent = own.clone(), self.parent.long()
+        levels = list(pairwise(self.level_offsets[1:]))
+        for begin, end in reversed(levels):
+            count.index_add_(0, parent[begin:end], count[begin:end])
+        first = torch.zeros_like(count)
+        before = count.cumsum(0, dtype=torch.int32) - count
+        for begin, end in levels:
+            above = parent[begin:end]
+            eldest = self.first_child[above].long()
+            first[begin:end] = first[above] + own[above] + before[begin:end] - before[eldest]
+        # The rank of an item among those of its node is its place in node_items less that of the node's first.
+        rank = torch.arange(ends.numel(), device=self.device) - (own.cumsum(0) - own)[ends]
+        order = torch.empty_like(self.node_items).scatter(0, first[ends] + rank, self.node_items)
+        self._ranges = first, count, order
+        return self._ranges
+
+    @property
     def fingerprint(self) -> str:
-        """A digest of the arrays: two tries with the same one hold the same catalogue."""
-        return fingerprint({name: getattr(self, name).cpu().numpy() for name in ARRAYS})
+        """A digest of the stored arrays: two tries with the same one hold the same catalogue."""
+        if self._fingerprint is None:
+            self._fingerprint = trie_arrays.fingerprint(self._arrays())
+        return self._fingerprint
+
+    def _arrays(self) -> Arrays:
+        return {name: getattr(self, name).cpu().numpy() for name in ARRAYS}
 
     def __repr__(self) -> str:
         return (
-            f"PrefixTrie(num_items={self.num_items}, num_nodes={self.num_nodes}, "
+            f"PrefixTrie(num_items={self.num_present}, num_nodes={self.num_nodes}, "
             f"max_depth={self.max_depth}, device={self.device})"
         )
 
@@ -142,14 +190,72 @@ class PrefixTrie:
     def children(self, node: int) -> Tensor:
         """The tokens that may follow a node, ascending: int32."""
         node = self._checked(node)
-        return self.token[int(self.first_child[node]) : int(self.first_child[node + 1])]
+        first, end = self.first_child[node : node + 2].tolist()
+        return self.narrow_token[first:end].to(torch.int32)
 
     def items(self, node: int) -> Tensor:
         """The items that end exactly at a node: int32, ascending."""
         node = self._checked(node)
-        below = self.item_count[int(self.first_child[node]) : int(self.first_child[node + 1])].sum()
-        first = int(self.first_item[node])
-        return self.item_order[first : first + int(self.item_count[node] - below)]
+
+        def end_of(rank: int) -> int:
+            return int(self.item_node[self.node_items[rank]])
+
+        ranks = range(self.num_present)
+        return self.node_items[bisect_left(ranks, node, key=end_of) : bisect_right(ranks, node, key=end_of)]
+
+    def sequences(self) -> Tensor:
+        """The rows that the trie holds: int64 (N, L) on the CPU, -1 at tails and all over for a removed item."""
+        return torch.from_numpy(trie_arrays.sequences_of(self._arrays()))
+
+    def add(self, sequences: Any) -> PrefixTrie:
+        """The catalogue with more items; this trie stays as it is.
+
+        It costs about what copying the arrays does, whatever the number of new items, and what comes out is
+        what building anew would give: there is nothing to compact.
+
+        Args:
+            sequences: (M, L') integers as of `PrefixTrie`; these items get the numbers from `num_items` on.
+
+        Raises:
+            TypeError, ValueError: as `PrefixTrie`.
+        """
+        return self._changed(trie_arrays.add(self._arrays(), _as_rows(sequences)))
+
+    def remove(self, items: Any) -> PrefixTrie:
+        """The catalogue without some items; this trie stays as it is, and the others keep their numbers.
+
+        A removed item has `item_node` -1, no score or reward counts for it, and its number is not given again.
+
+        Args:
+            items: (M,) integers, each once.
+
+        Raises:
+            TypeError: `items` are not integers.
+            ValueError: one is out of range, named twice or removed already, or none would be left.
+        """
+        numbers = items.detach().cpu().numpy() if isinstance(items, Tensor) else np.asarray(items)
+        if numbers.size and numbers.dtype.kind not in "iu":
+            raise TypeError(f"items has dtype {numbers.dtype}, needs integers")
+        if numbers.ndim != 1:
+            raise ValueError(f"items has shape {numbers.shape}, needs (M,)")
+        if not numbers.size:
+            return self
+        unknown = (numbers < 0) | (numbers >= self.num_items)
+        if unknown.any():
+            raise ValueError(f"items has {numbers[unknown][0]}, needs 0 .. {self.num_items - 1}")
+        numbers, times = np.unique(numbers.astype(np.int64), return_counts=True)
+        if times.max() > 1:
+            raise ValueError(f"items has {numbers[times > 1][0]} more than once")
+        arrays = self._arrays()
+        removed = numbers[arrays["item_node"][numbers] < 0]
+        if removed.size:
+            raise ValueError(f"items has {removed[0]}, which was removed before")
+        return self._changed(trie_arrays.remove(arrays, numbers))
+
+    def _changed(self, arrays: Arrays) -> PrefixTrie:
+        changed = object.__new__(PrefixTrie)
+        changed._adopt(arrays)
+        return changed.to(self.device)
 
     def _checked(self, node: int) -> int:
         try:
@@ -166,10 +272,11 @@ class PrefixTrie:
         if torch.device(device) == self.device:
             return self
         moved = object.__new__(PrefixTrie)
-        moved.__dict__.update({k: v for k, v in self.__dict__.items() if not isinstance(v, Tensor)})
+        moved.__dict__.update(self.__dict__)
+        moved._forget()
+        moved._fingerprint = self._fingerprint
         for name in ARRAYS:
             setattr(moved, name, getattr(self, name).to(device))
-        moved._parent = None
         return moved
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -178,30 +285,27 @@ class PrefixTrie:
         Raises:
             FileNotFoundError: the folder of `path` does not exist.
         """
-        from safetensors.torch import save_file
-
-        path = Path(path)
-        if not path.parent.is_dir():
-            raise FileNotFoundError(f"path is {os.fspath(path)!r}, in a folder that does not exist")
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        arrays = {name: getattr(self, name).cpu().contiguous() for name in ARRAYS}
-        try:
-            save_file(arrays, temporary, {"format": FORMAT, "fingerprint": self.fingerprint})
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        smallest, largest = zip(*self.token_ranges, strict=True)
+        levels = Levels(self.level_offsets, self.max_children_at, smallest, largest)
+        trie_file.write(path, self._arrays(), levels, self.fingerprint)
 
     @classmethod
-    @torch.inference_mode(False)
-    def load(cls, path: str | os.PathLike[str]) -> PrefixTrie:
-        """Reads what `save` wrote; the arrays are views of the mapped file.
+    def load(cls, path: str | os.PathLike[str], *, verify: bool | None = None) -> PrefixTrie:
+        """Maps what `save` wrote: no array is read before it is used, and processes share the pages.
+
+        Args:
+            path: of the file.
+            verify: whether to read all of the file and check it. By default a file is checked unless it still has
+                the time of modification that `save` gave it, which it loses when it is copied or written to.
 
         Raises:
             FileNotFoundError: there is no such file.
             ValueError: the file is foreign, truncated or damaged.
         """
+        saved = trie_file.read(path, verify)
         trie = object.__new__(cls)
-        trie._adopt(read_arrays(path, "pt"))
+        trie._adopt(saved.arrays, saved.levels)
+        trie._fingerprint = saved.fingerprint
         return trie
 
 
@@ -211,41 +315,3 @@ def _as_rows(sequences: Any) -> np.ndarray:
             raise TypeError(f"sequences has dtype {sequences.dtype}, needs integers")
         sequences = sequences.detach().cpu().numpy()
     return as_rows(sequences)
-
-
-def build_with_numpy(rows: np.ndarray) -> dict[str, np.ndarray]:
-    """What the C++ core builds, in NumPy: used without the extension, and to test it."""
-    bad = (rows < -1).any(1) | (rows[:, 0] < 0) | ((rows[:, :-1] < 0) & (rows[:, 1:] >= 0)).any(1)
-    if bad.any():
-        row = int(bad.argmax())
-        raise ValueError(f"sequences has the row {row}: {rows[row].tolist()}, needs tokens, then only -1")
-    order = np.lexsort(rows.T[::-1])
-    ordered = rows[order]
-    lengths = (ordered >= 0).sum(1)
-    node, item_node = np.zeros(len(rows), dtype=np.int64), np.zeros(len(rows), dtype=np.int64)
-    differs = np.arange(len(rows)) == 0
-    token, first_item, item_count, fanout = [np.array([-1])], [np.array([0])], [np.array([len(rows)])], []
-    level, next_level = 0, 1
-    for depth in range(rows.shape[1]):
-        alive = lengths > depth
-        differs[1:] |= ordered[1:, depth] != ordered[:-1, depth]
-        begin = np.flatnonzero(differs & alive)
-        fanout.append(np.bincount(node[begin] - level, minlength=next_level - level))
-        node = np.where(alive, next_level + np.cumsum(differs & alive) - 1, -1)
-        token.append(ordered[begin, depth])
-        first_item.append(begin)
-        item_count.append(np.bincount(node[alive] - next_level, minlength=len(begin)))
-        item_node[lengths == depth + 1] = node[lengths == depth + 1]
-        level, next_level = next_level, next_level + len(begin)
-    fanout.append(np.zeros(next_level - level, dtype=np.int64))
-    by_item = np.empty(len(rows), dtype=np.int64)
-    by_item[order] = item_node
-    arrays = {
-        "first_child": 1 + np.concatenate([[0], np.cumsum(np.concatenate(fanout))]),
-        "token": np.concatenate(token),
-        "first_item": np.concatenate(first_item),
-        "item_count": np.concatenate(item_count),
-        "item_order": order,
-        "item_node": by_item,
-    }
-    return {name: array.astype(np.int32) for name, array in arrays.items()}
