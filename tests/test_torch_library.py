@@ -303,6 +303,8 @@ def _filtered(call: Callable[..., Tensor], item_filter: ItemFilter, x: Inputs, b
 @pytest.mark.parametrize(
     ("op", "backend"), [pair for pair in every_op_and_backend() if pair.values[0] in FILTERED]
 )
+# A filter may by chance hide as many nodes as something else has rows.
+@torch.fx.experimental._config.patch(use_duck_shape=False)
 def test_filters_compile_into_one_graph_for_every_batch_size(op: str, backend: str) -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
@@ -311,14 +313,16 @@ def test_filters_compile_into_one_graph_for_every_batch_size(op: str, backend: s
     compilations = []
     for batch in (6, 12, 14):
         x = inputs(batch, device_of(backend), seed=batch)
-        exclude = [[number % 8, 7] for number in range(batch)]
+        exclude = [[number % 8] for number in range(batch)]
         item_filter = ItemFilter(x.trie, exclude, allow=[0, 1, 2, 3, 5, 6, 7])
         results = [
             run(partial(_filtered, function, item_filter), x, backend) for function in (compiled, call)
         ]
         assert_same(*results)
         compilations.append(counter.frame_count)
-    assert compilations == [1, 1, 1]
+    # As without a filter, a first compilation may start over.
+    assert compilations[0] in (1, 2)
+    assert compilations == compilations[:1] * 3
 
 
 @pytest.mark.slow
