@@ -20,7 +20,7 @@ WORD = 32
 class Request:
     """What a caller asks of a filter: its rows, what they must not get, what they may.
 
-    `excluded` is row * num_items + item, ascending and without repeats; without `sets`, every item is allowed.
+    `excluded` is row * num_items + item, ascending, without repeats; without `sets`, every item is allowed.
     """
 
     rows: int

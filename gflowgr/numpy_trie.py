@@ -307,7 +307,8 @@ class NumpyTrie:
         log_probs = np.empty(nodes.shape, dtype=_sums(rows))
         self._core.sample(
             self._arrays, self._filter(item_filter, logits), _raw(rows), nodes.ctypes.data,
-            uniform.ctypes.data, temperature, tokens.ctypes.data, reached.ctypes.data, log_probs.ctypes.data, self.threads,
+            uniform.ctypes.data, temperature, tokens.ctypes.data, reached.ctypes.data,
+            log_probs.ctypes.data, self.threads,
         )  # fmt: skip
         return tokens, reached, log_probs
 
