@@ -79,8 +79,8 @@ class ItemFilter:
 
     A child of a node is *available* to a row if an item that the row may get is at or under it. The ops that
     take an `item_filter` sample and normalise over the available children, so a prefix whose items are all
-    filtered is gone at every depth, and a walk from the root that meets one available child at least never
-    ends at a prefix without. Building costs in proportion to the filter times the trie's depth.
+    filtered is gone at every depth, and a walk from the root ends at an item that its row may get, if there
+    is one. Building costs in proportion to the filter times the trie's depth.
 
     Args:
         trie: the catalogue. The filter serves this trie only, on its device.
