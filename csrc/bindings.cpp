@@ -7,6 +7,7 @@
 
 #include "balance.hpp"
 #include "build.hpp"
+#include "filter_build.hpp"
 #include "flows.hpp"
 #include "policy.hpp"
 
@@ -20,7 +21,7 @@ namespace {
 using Address = std::uintptr_t;
 // first_child, token, bytes of a token, number of nodes
 using TrieArgs = std::tuple<Address, Address, int, std::int64_t>;
-// item_node, node_items, number of items, of those present
+// item_node, node_items, number of items present, of all
 using CatalogueArgs = std::tuple<Address, Address, std::int64_t, std::int64_t>;
 // first_item, item_count, item_order, number of items
 using ItemArgs = std::tuple<Address, Address, Address, std::int64_t>;
@@ -28,6 +29,8 @@ using ItemArgs = std::tuple<Address, Address, Address, std::int64_t>;
 using LogitsArgs = std::tuple<Address, int, std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t,
                               std::int64_t, std::int64_t>;
 
+// hidden_offsets (0 for no filter), hidden_nodes, allowed, allowed_set (0 for none), rows, words of a set
+using FilterArgs = std::tuple<Address, Address, Address, Address, std::int64_t, std::int64_t>;
 // log_rewards, log_z, weights, loss, residual
 using BalanceArgs = std::tuple<Address, Address, Address, Address, Address>;
 
@@ -43,7 +46,7 @@ Trie trie_of(const TrieArgs& args) {
 }
 
 Catalogue catalogue_of(const TrieArgs& trie, const CatalogueArgs& args) {
-  const auto& [item_node, node_items, items, present] = args;
+  const auto& [item_node, node_items, present, items] = args;
   return {trie_of(trie), at<const std::int32_t>(item_node), at<const std::int32_t>(node_items), items, present};
 }
 
@@ -59,6 +62,15 @@ Logits<T> logits_of(const LogitsArgs& args) {
   return {at<const T>(data), batch, steps, width, batch_stride, step_stride, token_stride, first_token};
 }
 
+// Runs body(filter) with what filters, or with a filter of another type that keeps everything.
+template <class Body>
+void with_filter(const FilterArgs& args, const Body& body) {
+  const auto& [hidden_offsets, hidden_nodes, allowed, allowed_set, rows, words] = args;
+  if (!hidden_offsets) return body(NoFilter{});
+  body(ItemFilter{at<const std::int64_t>(hidden_offsets), at<const std::int32_t>(hidden_nodes),
+                  at<const std::int32_t>(allowed), at<const std::int64_t>(allowed_set), rows, words});
+}
+
 template <class S>
 Balance<S> balance_of(const BalanceArgs& args) {
   const auto& [log_rewards, log_z, weights, loss, residual] = args;
@@ -72,16 +84,17 @@ void for_dtype_of(const LogitsArgs& logits, const Body& body) {
   dispatch(static_cast<Dtype>(std::get<1>(logits)), body);
 }
 
-template <class T>
-py::array_t<T> adopt(Buffer<T>&& values) {
-  auto owner = std::make_unique<Buffer<T>>(std::move(values));
-  const T* data = owner->data();
+// A vector or a Buffer as an array that owns it.
+template <class Values>
+auto adopt(Values&& values) {
+  auto owner = std::make_unique<Values>(std::move(values));
+  const auto* data = owner->data();
   const auto size = static_cast<py::ssize_t>(owner->size());
-  py::capsule keeper(owner.release(), [](void* held) { delete static_cast<Buffer<T>*>(held); });
-  return py::array_t<T>(size, data, keeper);
+  py::capsule keeper(owner.release(), [](void* held) { delete static_cast<Values*>(held); });
+  return py::array_t<std::remove_cvref_t<decltype(*data)>>(size, data, keeper);
 }
 
-py::dict adopt(TrieArrays&& arrays) {
+py::dict adopt_trie(TrieArrays&& arrays) {
   py::dict result;
   result["first_child"] = adopt(std::move(arrays.first_child));
   if (arrays.token.is_narrow())
@@ -108,7 +121,7 @@ py::dict build(const RowArray<Token>& rows) {
   if (rows.ndim() != 2) throw std::invalid_argument("sequences needs two dimensions");
   const Token* data = rows.data();
   const std::int64_t items = rows.shape(0), levels = rows.shape(1);
-  return adopt(unlocked([&] { return build_trie(data, items, levels); }));
+  return adopt_trie(unlocked([&] { return build_trie(data, items, levels); }));
 }
 
 template <class Token>
@@ -116,7 +129,7 @@ py::dict add(const TrieArgs& trie, const CatalogueArgs& catalogue, const RowArra
   if (rows.ndim() != 2) throw std::invalid_argument("sequences needs two dimensions");
   const Token* data = rows.data();
   const std::int64_t items = rows.shape(0), levels = rows.shape(1);
-  return adopt(unlocked([&] { return add_items(catalogue_of(trie, catalogue), data, items, levels); }));
+  return adopt_trie(unlocked([&] { return add_items(catalogue_of(trie, catalogue), data, items, levels); }));
 }
 
 }  // namespace
@@ -133,20 +146,13 @@ PYBIND11_MODULE(_core, module) {
   // `removed` holds different items that are present.
   module.def(
       "remove_items", [](const TrieArgs& trie, const CatalogueArgs& catalogue, Address removed, std::int64_t count) {
-        return adopt(unlocked(
+        return adopt_trie(unlocked(
             [&] { return remove_items(catalogue_of(trie, catalogue), at<const std::int64_t>(removed), count); }));
       });
 
   module.def("levels", [](const TrieArgs& trie) {
     const Levels levels = unlocked([&] { return levels_of(trie_of(trie)); });
     return std::tuple(levels.offsets, levels.most_children, levels.smallest_token, levels.largest_token);
-  });
-
-  // first_item, item_count, item_order
-  module.def("item_ranges", [](const TrieArgs& trie, const CatalogueArgs& catalogue) {
-    ItemRanges ranges = unlocked([&] { return item_ranges_of(catalogue_of(trie, catalogue)); });
-    return std::tuple(adopt(std::move(ranges.first_item)), adopt(std::move(ranges.item_count)),
-                      adopt(std::move(ranges.item_order)));
   });
 
   module.def("walk", [](const TrieArgs& trie, Address tokens, Address start, std::int64_t batch, std::int64_t steps,
@@ -156,45 +162,101 @@ PYBIND11_MODULE(_core, module) {
          at<std::int64_t>(nodes), threads);
   });
 
-  module.def(
-      "log_softmax", [](const TrieArgs& trie, const LogitsArgs& logits, Address nodes, Address out, int threads) {
-        for_dtype_of(logits, [&]<class T>(T*) {
-          log_softmax(trie_of(trie), logits_of<T>(logits), at<const std::int64_t>(nodes), at<Sum<T>>(out), threads);
-        });
+  module.def("log_softmax", [](const TrieArgs& trie, const FilterArgs& filter, const LogitsArgs& logits, Address nodes,
+                               Address out, int threads) {
+    for_dtype_of(logits, [&]<class T>(T*) {
+      with_filter(filter, [&](const auto& view) {
+        log_softmax(trie_of(trie), view, logits_of<T>(logits), at<const std::int64_t>(nodes), at<Sum<T>>(out), threads);
       });
+    });
+  });
+
+  // `places` is how many children of a node the result has room for.
+  module.def("child_log_probs", [](const TrieArgs& trie, const FilterArgs& filter, const LogitsArgs& logits,
+                                   Address nodes, std::int64_t places, Address out, int threads) {
+    for_dtype_of(logits, [&]<class T>(T*) {
+      with_filter(filter, [&](const auto& view) {
+        child_log_probs(trie_of(trie), view, logits_of<T>(logits), at<const std::int64_t>(nodes), places,
+                        at<Sum<T>>(out), threads);
+      });
+    });
+  });
+
+  module.def("child_log_probs_backward",
+             [](const TrieArgs& trie, const FilterArgs& filter, const LogitsArgs& logits, Address nodes,
+                std::int64_t places, Address grad, Address grad_logits, int threads) {
+               for_dtype_of(logits, [&]<class T>(T*) {
+                 with_filter(filter, [&](const auto& view) {
+                   child_log_probs_backward(trie_of(trie), view, logits_of<T>(logits), at<const std::int64_t>(nodes),
+                                            places, at<const Sum<T>>(grad), at<T>(grad_logits), threads);
+                 });
+               });
+             });
+
+  // Sets bits of items and of nodes that are all 0 before.
+  module.def("allow", [](const TrieArgs& trie, const CatalogueArgs& catalogue, Address members, std::int64_t count,
+                         Address item_bits, Address node_bits) {
+    py::gil_scoped_release release;
+    allow(catalogue_of(trie, catalogue), at<const std::int64_t>(members), count,
+          {at<std::int32_t>(item_bits), at<std::int32_t>(node_bits)});
+  });
+
+  // `sets` are the addresses of each row's bits of items and of nodes, empty where rows may get everything.
+  module.def("hidden_nodes", [](const TrieArgs& trie, const CatalogueArgs& catalogue, Address offsets, Address excluded,
+                                std::int64_t rows, const std::vector<std::pair<Address, Address>>& sets, int threads) {
+    HiddenNodes found;
+    {
+      py::gil_scoped_release release;
+      std::vector<AllowedSet> allowed;
+      for (const auto& [items, nodes] : sets) allowed.push_back({at<std::int32_t>(items), at<std::int32_t>(nodes)});
+      found = hidden_nodes(catalogue_of(trie, catalogue), at<const std::int64_t>(offsets),
+                           at<const std::int64_t>(excluded), rows, sets.empty() ? nullptr : &allowed, threads);
+    }
+    return py::make_tuple(adopt(std::move(found.offsets)), adopt(std::move(found.nodes)));
+  });
 
   // `dtype` is the logits'; `grad` and `log_probs` have its accumulation type.
-  module.def("log_softmax_backward", [](const TrieArgs& trie, const LogitsArgs& grad, int dtype, Address log_probs,
-                                        Address nodes, Address grad_logits, int threads) {
+  module.def("log_softmax_backward", [](const TrieArgs& trie, const FilterArgs& filter, const LogitsArgs& grad,
+                                        int dtype, Address log_probs, Address nodes, Address grad_logits, int threads) {
     py::gil_scoped_release release;
     dispatch(static_cast<Dtype>(dtype), [&]<class T>(T*) {
-      log_softmax_backward<T>(trie_of(trie), logits_of<Sum<T>>(grad), at<const Sum<T>>(log_probs),
-                              at<const std::int64_t>(nodes), at<T>(grad_logits), threads);
+      with_filter(filter, [&](const auto& view) {
+        log_softmax_backward<T>(trie_of(trie), view, logits_of<Sum<T>>(grad), at<const Sum<T>>(log_probs),
+                                at<const std::int64_t>(nodes), at<T>(grad_logits), threads);
+      });
     });
   });
 
-  module.def("token_log_probs", [](const TrieArgs& trie, const LogitsArgs& logits, Address tokens, Address start,
-                                   Address out, int threads) {
+  module.def("token_log_probs", [](const TrieArgs& trie, const FilterArgs& filter, const LogitsArgs& logits,
+                                   Address tokens, Address start, Address out, int threads) {
     for_dtype_of(logits, [&]<class T>(T*) {
-      token_log_probs(trie_of(trie), logits_of<T>(logits), at<const std::int64_t>(tokens),
-                      at<const std::int64_t>(start), at<Sum<T>>(out), threads);
+      with_filter(filter, [&](const auto& view) {
+        token_log_probs(trie_of(trie), view, logits_of<T>(logits), at<const std::int64_t>(tokens),
+                        at<const std::int64_t>(start), at<Sum<T>>(out), threads);
+      });
     });
   });
 
-  module.def("token_log_probs_backward", [](const TrieArgs& trie, const LogitsArgs& logits, Address tokens,
-                                            Address start, Address grad, Address grad_logits, int threads) {
+  module.def("token_log_probs_backward", [](const TrieArgs& trie, const FilterArgs& filter, const LogitsArgs& logits,
+                                            Address tokens, Address start, Address grad, Address grad_logits,
+                                            int threads) {
     for_dtype_of(logits, [&]<class T>(T*) {
-      token_log_probs_backward(trie_of(trie), logits_of<T>(logits), at<const std::int64_t>(tokens),
-                               at<const std::int64_t>(start), at<const Sum<T>>(grad), at<T>(grad_logits), threads);
+      with_filter(filter, [&](const auto& view) {
+        token_log_probs_backward(trie_of(trie), view, logits_of<T>(logits), at<const std::int64_t>(tokens),
+                                 at<const std::int64_t>(start), at<const Sum<T>>(grad), at<T>(grad_logits), threads);
+      });
     });
   });
 
-  module.def("sample", [](const TrieArgs& trie, const LogitsArgs& logits, Address nodes, Address uniform,
-                          double temperature, Address out_tokens, Address out_nodes, Address out_log_probs,
-                          int threads) {
+  module.def("sample", [](const TrieArgs& trie, const FilterArgs& filter, const LogitsArgs& logits, Address nodes,
+                          Address uniform, double temperature, Address out_tokens, Address out_nodes,
+                          Address out_log_probs, int threads) {
     for_dtype_of(logits, [&]<class T>(T*) {
-      sample(trie_of(trie), logits_of<T>(logits), at<const std::int64_t>(nodes), at<const double>(uniform), temperature,
-             at<std::int64_t>(out_tokens), at<std::int64_t>(out_nodes), at<Sum<T>>(out_log_probs), threads);
+      with_filter(filter, [&](const auto& view) {
+        sample(trie_of(trie), view, logits_of<T>(logits), at<const std::int64_t>(nodes), at<const double>(uniform),
+               temperature, at<std::int64_t>(out_tokens), at<std::int64_t>(out_nodes), at<Sum<T>>(out_log_probs),
+               threads);
+      });
     });
   });
 

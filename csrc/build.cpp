@@ -147,30 +147,6 @@ Levels levels_of(const Trie& trie) {
   return levels;
 }
 
-ItemRanges item_ranges_of(const Catalogue& catalogue) {
-  const Trie& trie = catalogue.trie;
-  ItemRanges ranges{Buffer<std::int32_t>(trie.nodes), Buffer<std::int32_t>(trie.nodes),
-                    Buffer<std::int32_t>(catalogue.present)};
-  std::fill_n(ranges.item_count.data(), trie.nodes, 0);
-  for (std::int64_t rank = 0; rank < catalogue.present; ++rank)
-    ++ranges.item_count[catalogue.item_node[catalogue.node_items[rank]]];
-  for (std::int64_t node = trie.nodes - 1; node >= 0; --node)
-    for (std::int64_t child = trie.first_child[node]; child < trie.first_child[node + 1]; ++child)
-      ranges.item_count[node] += ranges.item_count[child];
-  ranges.first_item[0] = 0;
-  std::int64_t rank = 0;
-  for (std::int64_t node = 0; node < trie.nodes; ++node) {
-    std::int32_t place = ranges.first_item[node];
-    for (; rank < catalogue.present && catalogue.item_node[catalogue.node_items[rank]] == node; ++rank)
-      ranges.item_order[place++] = catalogue.node_items[rank];
-    for (std::int64_t child = trie.first_child[node]; child < trie.first_child[node + 1]; ++child) {
-      ranges.first_item[child] = place;
-      place += ranges.item_count[child];
-    }
-  }
-  return ranges;
-}
-
 template Rows<std::int32_t> sorted_rows(const std::int32_t*, std::int64_t, std::int64_t);
 template Rows<std::int64_t> sorted_rows(const std::int64_t*, std::int64_t, std::int64_t);
 template TrieArrays build_trie(const std::int32_t*, std::int64_t, std::int64_t);

@@ -115,10 +115,4 @@ Levels levels_of(const Trie& trie);
 // Where the nodes of each depth begin, and where the last end.
 std::vector<std::int64_t> level_offsets_of(const Trie& trie);
 
-// The items at or under a node as a range of a depth-first order of the items.
-struct ItemRanges {
-  Buffer<std::int32_t> first_item, item_count, item_order;
-};
-ItemRanges item_ranges_of(const Catalogue& catalogue);
-
 }  // namespace gflowgr

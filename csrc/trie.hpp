@@ -68,6 +68,35 @@ struct Catalogue {
   const std::int32_t* item_node;
   const std::int32_t* node_items;
   std::int64_t items, present;
+
+  std::int64_t end_of(std::int64_t rank) const { return item_node[node_items[rank]]; }
+
+  // How many items end at nodes before this one.
+  std::int64_t items_before(std::int64_t node) const {
+    // Where each item has a leaf of its own, and all leaves are at the last depth, this is it.
+    const std::int64_t guess = present - (trie.nodes - node);
+    if (guess > 0 && guess < present && end_of(guess - 1) < node && end_of(guess) >= node) return guess;
+    std::int64_t low = 0, left = present;
+    while (left > 0) {
+      const std::int64_t half = left / 2;
+      const bool before = end_of(low + half) < node;
+      low += before ? half + 1 : 0;
+      left = before ? left - half - 1 : half;
+    }
+    return low;
+  }
+
+  // The items that end exactly at `node`.
+  struct Ending {
+    const std::int32_t* begin;
+    std::int64_t count;
+  };
+  Ending ending_at(std::int64_t node) const {
+    const std::int64_t first = items_before(node);
+    std::int64_t end = first;
+    while (end < present && end_of(end) == node) ++end;
+    return {node_items + first, end - first};
+  }
 };
 
 }  // namespace gflowgr

@@ -170,11 +170,6 @@ Vanished vanished(const Catalogue& catalogue, const std::int64_t* removed, std::
   std::vector<std::int64_t> ends(count);
   std::transform(removed, removed + count, ends.begin(), [&](std::int64_t item) { return catalogue.item_node[item]; });
   std::sort(ends.begin(), ends.end());
-  const auto items_before = [&](std::int64_t node) {
-    const std::int32_t* last = catalogue.node_items + catalogue.present;
-    return std::lower_bound(catalogue.node_items, last, node,
-                            [&](std::int32_t item, std::int64_t other) { return catalogue.item_node[item] < other; });
-  };
   const std::vector<std::int64_t> offsets = level_offsets_of(trie);
   Vanished all;
   std::vector<std::int64_t> below;  // parents of what vanishes one level deeper, descending
@@ -187,7 +182,7 @@ Vanished vanished(const Catalogue& catalogue, const std::int64_t* removed, std::
       const bool ending = end != ends.rend() && *end >= offsets[depth], emptied = child != below.end();
       if (!ending && !emptied) break;
       const std::int64_t node = std::max(ending ? *end : kNone, emptied ? *child : kNone);
-      std::int64_t own = items_before(node + 1) - items_before(node), children = trie.children(node).count;
+      std::int64_t own = catalogue.ending_at(node).count, children = trie.children(node).count;
       for (; end != ends.rend() && *end == node; ++end) --own;
       for (; child != below.end() && *child == node; ++child) --children;
       if (own > 0 || children > 0) continue;

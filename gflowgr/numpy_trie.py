@@ -2,123 +2,56 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from pathlib import Path
+from bisect import bisect_left, bisect_right
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-ARRAYS = ("first_child", "token", "first_item", "item_count", "item_order", "item_node")
-FORMAT = "gflowgr.PrefixTrie/1"
+from gflowgr.item_sets import SetBits, find_hidden, ids_of_sets, request, set_bits
+from gflowgr.trie_arrays import ARRAYS, Arrays, Levels, addresses, as_rows, build, levels_of
+from gflowgr.trie_file import read
+
+_NO_FILTER = (0,) * 6
 _DTYPES = {"float32": 0, "float64": 1, "float16": 3}
 
 
-def as_rows(sequences: Any) -> np.ndarray:
-    """`sequences` as a C-contiguous int32 or int64 array (N, L), checked for all but its content."""
-    try:
-        rows = np.asarray(sequences)
-    except ValueError as error:
-        raise ValueError(
-            "sequences has rows of different lengths, needs (N, L) with -1 at the tails"
-        ) from error
-    if rows.size and rows.dtype.kind not in "iu":
-        raise TypeError(f"sequences has dtype {rows.dtype}, needs integers")
-    if rows.ndim != 2 or 0 in rows.shape:
-        raise ValueError(
-            f"sequences has shape {rows.shape}, needs (N, L) with at least one item and one level"
-        )
-    if rows.max() >= 2**31 - 1:
-        raise ValueError(f"sequences has the token {rows.max()}, needs tokens below 2**31 - 1")
-    return np.ascontiguousarray(rows, dtype=np.int32 if rows.dtype.itemsize <= 4 else np.int64)
+@dataclass(frozen=True)
+class NumpySets:
+    """What `NumpyTrie.item_sets` makes: sets of items, prepared once for many filters."""
+
+    bits: SetBits
+    trie: NumpyTrie
+
+    @property
+    def num_sets(self) -> int:
+        return self.bits.num_sets
 
 
-def fingerprint(arrays: dict[str, np.ndarray]) -> str:
-    """A digest of a trie's arrays: two tries with the same one hold the same catalogue."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name in ARRAYS:
-        array = np.ascontiguousarray(arrays[name])
-        digest.update(f"{name}:{array.size};".encode())
-        digest.update(array.data)
-    return digest.hexdigest()
+@dataclass(frozen=True)
+class NumpyFilter:
+    """What `NumpyTrie.filter` makes: what each row of a batch must not get, ready for the core."""
 
+    hidden_offsets: NDArray[np.int64]
+    hidden_nodes: NDArray[np.int32]
+    bits: SetBits | None
+    set_of_row: NDArray[np.int64] | None
+    trie: NumpyTrie
 
-def read_arrays(path: str | os.PathLike[str], framework: str) -> dict[str, Any]:
-    """The arrays of a saved trie, checked: NumPy's for "np", tensors over the mapped file for "pt".
+    @property
+    def num_rows(self) -> int:
+        return self.hidden_offsets.size - 1
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is foreign, truncated or damaged.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"path is {os.fspath(path)!r}, which is not a file")
-    try:
-        with safe_open(path, framework=framework) as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ValueError(f"its format is {metadata.get('format')!r}, needs {FORMAT!r}")
-            if set(file.keys()) != set(ARRAYS):
-                raise ValueError(f"it holds {sorted(file.keys())}, needs {sorted(ARRAYS)}")
-            arrays = {name: file.get_tensor(name) for name in ARRAYS}
-        views = {name: np.asarray(array) for name, array in arrays.items()}
-        verify(views)
-        if fingerprint(views) != metadata.get("fingerprint"):
-            raise ValueError("its arrays do not match its fingerprint, so it is damaged")
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"path {os.fspath(path)!r} is not a saved PrefixTrie: {error}") from error
-    return arrays
-
-
-def verify(arrays: dict[str, np.ndarray]) -> None:
-    """Raises ValueError unless the arrays are those of some trie."""
-    for name, array in arrays.items():
-        if array.dtype != np.int32 or array.ndim != 1:
-            raise ValueError(f"{name} is {array.dtype} of shape {array.shape}, needs int32 (n,)")
-    first_child, token, begin, count, order, item_node = (arrays[name].astype(np.int64) for name in ARRAYS)
-    nodes, items = token.size, item_node.size
-    lengths = {"first_child": nodes + 1, "first_item": nodes, "item_count": nodes, "item_order": items}
-    for name, length in lengths.items():
-        if arrays[name].size != length:
-            raise ValueError(f"{name} has {arrays[name].size} entries, needs {length}")
-    if nodes < 2 or items < 1:
-        raise ValueError(f"it has {nodes} nodes and {items} items, needs at least 2 and 1")
-
-    def require(holds: Any, what: str) -> None:
-        if not np.all(holds):
-            raise ValueError(what)
-
-    numbers = np.arange(nodes + 1)
-    require([first_child[0] == 1, first_child[-1] == nodes], "first_child does not span the nodes")
-    require(first_child[1:] >= first_child[:-1], "first_child decreases")
-    require(first_child[:-1] > numbers[:-1], "a node comes before its parent")
-    require(np.append(token[1:] >= 0, token[0] == -1), "token has a negative entry")
-    opens = np.zeros(nodes + 1, dtype=bool)
-    opens[first_child] = True
-    require((token[1:] > token[:-1]) | opens[1:nodes], "siblings are not in ascending order")
-    require((item_node > 0) & (item_node < nodes), "item_node leaves the trie")
-    require((order >= 0) & (order < items), "item_order leaves the catalogue")
-    require(np.bincount(order, minlength=items) == 1, "item_order is no permutation")
-    own = np.bincount(item_node, minlength=nodes)
-    through = np.append(0, count.cumsum())
-    require(np.append(count >= 1, count[0] == items), "item_count has an empty node")
-    require(
-        count == own + through[first_child[1:]] - through[first_child[:-1]],
-        "item_count is not the sum of the children's",
-    )
-    parents = np.repeat(numbers[:-1], first_child[1:] - first_child[:-1])
-    before = through[1:-1] - through[first_child[parents]]
-    require(
-        np.append(begin[1:] == begin[parents] + own[parents] + before, begin[0] == 0),
-        "first_item is not where the items begin",
-    )
-    rank_in_node = np.arange(items) - begin[item_node[order]]
-    require((rank_in_node >= 0) & (rank_in_node < own[item_node[order]]), "item_order is out of order")
-    same_node = item_node[order[1:]] == item_node[order[:-1]]
-    require((order[1:] > order[:-1]) | ~same_node, "the items of a node are not in ascending order")
+    def addresses(self) -> tuple[int, ...]:
+        """As the core takes them."""
+        hidden = (self.hidden_offsets.ctypes.data, self.hidden_nodes.ctypes.data)
+        if self.bits is None or self.set_of_row is None:
+            return (*hidden, 0, 0, self.num_rows, 0)
+        nodes = self.bits.nodes
+        return (*hidden, nodes.ctypes.data, self.set_of_row.ctypes.data, self.num_rows, nodes.shape[1])
 
 
 class NumpyTrie:
@@ -132,7 +65,7 @@ class NumpyTrie:
         threads: that a call may use.
 
     Attributes:
-        first_child, token, first_item, item_count, item_order, item_node: as in `PrefixTrie`, int32 arrays.
+        first_child, narrow_token, item_node, node_items: as in `PrefixTrie`.
 
     Raises:
         ImportError: the C++ core is not compiled.
@@ -140,32 +73,34 @@ class NumpyTrie:
     """
 
     first_child: NDArray[np.int32]
-    token: NDArray[np.int32]
-    first_item: NDArray[np.int32]
-    item_count: NDArray[np.int32]
-    item_order: NDArray[np.int32]
+    narrow_token: NDArray[Any]
     item_node: NDArray[np.int32]
+    node_items: NDArray[np.int32]
 
     def __init__(self, sequences: Any, *, threads: int = 1) -> None:
-        self._adopt(_compiled_core().build_trie(as_rows(sequences)), threads)
+        self._core = _compiled_core()
+        arrays = build(as_rows(sequences))
+        self._adopt(arrays, levels_of(arrays), threads)
 
-    def _adopt(self, arrays: dict[str, np.ndarray], threads: int) -> None:
-        self._core, self.threads = _compiled_core(), threads
+    def _adopt(self, arrays: Arrays, levels: Levels, threads: int) -> None:
+        self.threads = threads
         for name in ARRAYS:
-            setattr(self, name, np.ascontiguousarray(arrays[name]))
-        self._arrays = (self.first_child.ctypes.data, self.token.ctypes.data, self.token.size)
+            setattr(self, name, arrays[name])
+        self._most_token = max(levels.largest_token)
+        self._arrays, self._ending = addresses(arrays)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], *, threads: int = 1) -> NumpyTrie:
-        """Reads what `PrefixTrie.save` wrote.
+    def load(cls, path: str | os.PathLike[str], *, threads: int = 1, verify: bool | None = None) -> NumpyTrie:
+        """Maps what `PrefixTrie.save` wrote; `verify` as of `PrefixTrie.load`.
 
         Raises:
             FileNotFoundError: there is no such file.
             ValueError: the file is foreign, truncated or damaged.
         """
-        arrays = read_arrays(path, "np")
         trie = object.__new__(cls)
-        trie._adopt(arrays, threads)
+        trie._core = _compiled_core()
+        saved = read(path, verify)
+        trie._adopt(saved.arrays, saved.levels, threads)
         return trie
 
     @property
@@ -174,15 +109,18 @@ class NumpyTrie:
 
     @property
     def num_nodes(self) -> int:
-        return self.token.size
+        return self.narrow_token.size
 
     def items(self, node: int) -> NDArray[np.int32]:
         """The items that end exactly at a node, ascending."""
         if not 0 <= node < self.num_nodes:
             raise ValueError(f"node is {node}, needs 0 .. {self.num_nodes - 1}")
-        below = self.item_count[self.first_child[node] : self.first_child[node + 1]].sum()
-        first = self.first_item[node]
-        return self.item_order[first : first + self.item_count[node] - below]
+
+        def end_of(rank: int) -> int:
+            return int(self.item_node[self.node_items[rank]])
+
+        ranks = range(self.node_items.size)
+        return self.node_items[bisect_left(ranks, node, key=end_of) : bisect_right(ranks, node, key=end_of)]
 
     def walk(self, tokens: Any, start: Any = 0) -> NDArray[np.int64]:
         """The node after each token, -1 from the first off the trie on: (R, T), int or (R) -> (R, T)."""
@@ -201,12 +139,47 @@ class NumpyTrie:
         )  # fmt: skip
         return nodes
 
-    def log_softmax(self, logits: NDArray[Any], nodes: Any) -> NDArray[Any]:
-        """log_softmax over the children of each row's node, -inf elsewhere.
+    def filter(self, exclude: Any = None, allow: Any = None, rows: int | None = None) -> NumpyFilter:
+        """What each row of a batch must not get, for `log_softmax` and `sample` at every step.
+
+        Args:
+            exclude, allow, rows: as of `gflowgr.ItemFilter`; sets prepared before are those of `item_sets`.
+
+        Raises:
+            TypeError, ValueError: an argument has the wrong type or shape, or names no item.
+        """
+        asked = request(exclude, allow, rows, self.num_items)
+        bits = None
+        if isinstance(asked.sets, list):
+            bits = set_bits(self._core, self._arrays, self._ending, asked.sets)
+        elif isinstance(asked.sets, NumpySets) and asked.sets.trie is self:
+            bits = asked.sets.bits
+        elif asked.sets is not None:
+            raise ValueError("allow has sets of another trie, needs what item_sets of this trie returns")
+        found = find_hidden(self._core, self._arrays, self._ending, asked, bits, self.threads)
+        return NumpyFilter(*found, bits, asked.set_of_row, self)
+
+    def item_sets(self, sets: Any) -> NumpySets:
+        """Sets of items, prepared once for the `allow` of many filters.
+
+        Args:
+            sets: each a list or an array of items, or an array of bools (N,).
+
+        Raises:
+            TypeError, ValueError: an argument has the wrong type or shape, or names no item.
+        """
+        ids = ids_of_sets("sets", sets, self.num_items)
+        return NumpySets(set_bits(self._core, self._arrays, self._ending, ids), self)
+
+    def log_softmax(
+        self, logits: NDArray[Any], nodes: Any, *, item_filter: NumpyFilter | None = None
+    ) -> NDArray[Any]:
+        """log_softmax over the (available) children of each row's node, -inf elsewhere.
 
         Args:
             logits: (R, V) float32, float64 or float16; tokens of the trie below V.
             nodes: (R) integers.
+            item_filter: of this trie; its row b filters all of `logits[b]`.
 
         Returns:
             (R, V) float32, float64 for float64 logits.
@@ -216,11 +189,24 @@ class NumpyTrie:
         """
         rows, nodes = self._rows(logits, nodes)
         out = np.empty(logits.shape, dtype=_sums(rows))
-        self._core.log_softmax(self._arrays, _raw(rows), nodes.ctypes.data, out.ctypes.data, self.threads)
+        self._core.log_softmax(
+            self._arrays,
+            self._filter(item_filter, logits),
+            _raw(rows),
+            nodes.ctypes.data,
+            out.ctypes.data,
+            self.threads,
+        )
         return out
 
     def sample(
-        self, logits: NDArray[Any], nodes: Any, generator: np.random.Generator, *, temperature: float = 1.0
+        self,
+        logits: NDArray[Any],
+        nodes: Any,
+        generator: np.random.Generator,
+        *,
+        temperature: float = 1.0,
+        item_filter: NumpyFilter | None = None,
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[Any]]:
         """Draws a child of each row's node from softmax(logits / temperature) over its children.
 
@@ -231,10 +217,11 @@ class NumpyTrie:
             nodes: (R) integers.
             generator: NumPy's.
             temperature: above 0.
+            item_filter: of this trie; its row b filters all of `logits[b]`.
 
         Returns:
             tokens and nodes reached, int64 (R), and their log-probs at temperature 1, float32 (float64 for
-            float64 logits). A row with nothing to draw (a leaf, or -1) gives -1, -1 and 0.
+            float64 logits). A row with nothing to draw (a leaf, -1, no available child) gives -1, -1 and 0.
 
         Raises:
             TypeError, ValueError: an argument has the wrong type, shape, vocabulary or range.
@@ -246,10 +233,26 @@ class NumpyTrie:
         tokens, reached = np.empty_like(nodes), np.empty_like(nodes)
         log_probs = np.empty(nodes.shape, dtype=_sums(rows))
         self._core.sample(
-            self._arrays, _raw(rows), nodes.ctypes.data, uniform.ctypes.data, temperature,
-            tokens.ctypes.data, reached.ctypes.data, log_probs.ctypes.data, self.threads,
+            self._arrays, self._filter(item_filter, logits), _raw(rows), nodes.ctypes.data,
+            uniform.ctypes.data, temperature, tokens.ctypes.data, reached.ctypes.data,
+            log_probs.ctypes.data, self.threads,
         )  # fmt: skip
         return tokens, reached, log_probs
+
+    def _filter(self, item_filter: NumpyFilter | None, logits: NDArray[Any]) -> tuple[int, ...]:
+        if item_filter is None:
+            return _NO_FILTER
+        if not isinstance(item_filter, NumpyFilter):
+            raise TypeError(
+                f"item_filter is a {type(item_filter).__name__}, needs what NumpyTrie.filter returns"
+            )
+        if item_filter.trie is not self:
+            raise ValueError("item_filter is of another trie, needs one of this trie")
+        if logits.ndim < 2 or item_filter.num_rows != logits.shape[0]:
+            raise ValueError(
+                f"item_filter has {item_filter.num_rows} rows, needs as many as logits, {logits.shape[:-1]}"
+            )
+        return item_filter.addresses()
 
     def _rows(self, logits: NDArray[Any], nodes: Any) -> tuple[NDArray[Any], NDArray[np.int64]]:
         """`logits` as (1, R, V), a view wherever strides allow, and `nodes` as the core reads them."""
@@ -260,7 +263,7 @@ class NumpyTrie:
         nodes = _integers("nodes", nodes)
         if logits.ndim < 1 or logits.shape[:-1] != nodes.shape:
             raise ValueError(f"nodes has shape {nodes.shape}, needs {logits.shape[:-1]} like logits' rows")
-        most = int(self.token.max())
+        most = self._most_token
         if most >= logits.shape[-1]:
             raise ValueError(
                 f"logits has {logits.shape[-1]} columns, needs more than the largest token, {most}"

@@ -23,9 +23,9 @@ class PrefixTrie:
     `first_child[n] .. first_child[n + 1] - 1`, and the items at or under `n` are the contiguous range
     `item_order[first_item[n] : first_item[n] + item_count[n]]`.
 
-    A trie never changes: `add` and `remove` return another one, so whoever reads, in whatever thread, reads one
-    catalogue. Four arrays are stored, about 4 + 2 bytes a node and 8 an item; the others are made of them on
-    first use and kept.
+    A trie never changes: `add` and `remove` return another one, so whoever reads, in whatever thread, reads
+    one catalogue. Four arrays are stored, about 4 + 2 bytes a node and 8 an item; the others are made of them
+    on first use and kept.
 
     Args:
         sequences: (N, L) integers (a tensor, an array or nested lists), row i the tokens of item i as the
@@ -138,7 +138,7 @@ class PrefixTrie:
         return self._item_ranges()[2]
 
     def _item_ranges(self) -> tuple[Tensor, Tensor, Tensor]:
-        """first_item, item_count and item_order: counts from the deepest level up, ranges from the root down."""
+        """first_item, item_count, item_order: counts from the deepest level up, ranges from the root down."""
         if self._ranges is not None:
             return self._ranges
         ends = self.item_node[self.node_items.long()].long()
@@ -146,14 +146,14 @@ class PrefixTrie:
         count, parent = own.clone(), self.parent.long()
         levels = list(pairwise(self.level_offsets[1:]))
         for begin, end in reversed(levels):
-            count.index_add_(0, parent[begin:end], count[begin:end])
+            count.index_add_(0, parent[begin:end], count[begin:end].clone())
         first = torch.zeros_like(count)
         before = count.cumsum(0, dtype=torch.int32) - count
         for begin, end in levels:
             above = parent[begin:end]
             eldest = self.first_child[above].long()
             first[begin:end] = first[above] + own[above] + before[begin:end] - before[eldest]
-        # The rank of an item among those of its node is its place in node_items less that of the node's first.
+        # An item's rank at its node is its place in node_items less that of the node's first one.
         rank = torch.arange(ends.numel(), device=self.device) - (own.cumsum(0) - own)[ends]
         order = torch.empty_like(self.node_items).scatter(0, first[ends] + rank, self.node_items)
         self._ranges = first, count, order
@@ -204,7 +204,7 @@ class PrefixTrie:
         return self.node_items[bisect_left(ranks, node, key=end_of) : bisect_right(ranks, node, key=end_of)]
 
     def sequences(self) -> Tensor:
-        """The rows that the trie holds: int64 (N, L) on the CPU, -1 at tails and all over for a removed item."""
+        """The rows of the items: int64 (N, L) on the CPU, -1 at tails, and all over for a removed item."""
         return torch.from_numpy(trie_arrays.sequences_of(self._arrays()))
 
     def add(self, sequences: Any) -> PrefixTrie:
@@ -224,7 +224,7 @@ class PrefixTrie:
     def remove(self, items: Any) -> PrefixTrie:
         """The catalogue without some items; this trie stays as it is, and the others keep their numbers.
 
-        A removed item has `item_node` -1, no score or reward counts for it, and its number is not given again.
+        A removed item has `item_node` -1, no score or reward of it counts, and its number is not given again.
 
         Args:
             items: (M,) integers, each once.
@@ -295,8 +295,8 @@ class PrefixTrie:
 
         Args:
             path: of the file.
-            verify: whether to read all of the file and check it. By default a file is checked unless it still has
-                the time of modification that `save` gave it, which it loses when it is copied or written to.
+            verify: whether to read all of the file and check it. By default a file is checked unless it still
+                has the time of modification that `save` gave it, which it loses when it is copied or written to.
 
         Raises:
             FileNotFoundError: there is no such file.

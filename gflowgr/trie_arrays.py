@@ -13,9 +13,9 @@ try:
 except ImportError:
     _core = None  # type: ignore[assignment]
 
-# Nodes in breadth-first order, the root first. The children of n are first_child[n] .. first_child[n + 1] - 1, and
-# narrow_token is the token on the edge into a node, uint16 if all fit, else int32. item_node is where each item ends,
-# -1 for one that was removed; node_items has those that were not, sorted by (node, item).
+# Nodes in breadth-first order, the root first. The children of n are first_child[n] .. first_child[n + 1] - 1;
+# narrow_token is the token on the edge into a node, uint16 if all fit, else int32. item_node is where each item
+# ends, -1 for one that was removed; node_items has those that were not, sorted by (node, item).
 ARRAYS = ("first_child", "narrow_token", "item_node", "node_items")
 
 Arrays = dict[str, NDArray[Any]]
@@ -97,7 +97,7 @@ def addresses(arrays: Arrays) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """A trie and its items as the core takes them; `arrays` has to outlive their use."""
     first_child, token, item_node, node_items = (arrays[name] for name in ARRAYS)
     trie = (first_child.ctypes.data, token.ctypes.data, token.itemsize, token.size)
-    return trie, (item_node.ctypes.data, node_items.ctypes.data, item_node.size, node_items.size)
+    return trie, (item_node.ctypes.data, node_items.ctypes.data, node_items.size, item_node.size)
 
 
 def levels_of(arrays: Arrays) -> Levels:

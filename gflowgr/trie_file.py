@@ -37,7 +37,7 @@ def write(path: str | os.PathLike[str], arrays: Arrays, levels: Levels, fingerpr
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"path is {os.fspath(path)!r}, in a folder that does not exist")
-    # A time that any later change of the file comes after: while the file bears it, its content is what was saved.
+    # A time that any later change of the file comes after: while the file bears it, it holds what was saved.
     written = time.time_ns() - 1_000_000_000
     header: dict[str, Any] = {
         "__metadata__": {
@@ -74,7 +74,7 @@ def read(path: str | os.PathLike[str], check: bool | None = None) -> Saved:
 
     Args:
         path: of the file.
-        check: whether to read it all and compare it with its fingerprint; None does unless the file has not been
+        check: whether to read it all and compare it with its fingerprint; None does unless the file was not
             touched since `write`, by its time of modification.
 
     Raises:

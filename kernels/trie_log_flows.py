@@ -119,7 +119,7 @@ def trie_log_flows(
     item_count: Tensor,
     item_order: Tensor,
 ) -> Tensor:
-    batches, items = log_rewards.shape
+    batches, items = log_rewards.shape[0], item_order.numel()
     nodes, chunks = token.numel(), triton.cdiv(items, CHUNK_TILE.BLOCK)
     log_flows = log_rewards.new_empty(batches, nodes)
     peaks, totals = log_rewards.new_empty(batches, chunks), log_rewards.new_empty(batches, chunks)
@@ -190,6 +190,7 @@ def _log_flows_backward(
     items: tl.int64,
     batches: tl.int64,
     grad_rewards,
+    width: tl.int64,
     ITEMS: tl.constexpr,
     BATCHES: tl.constexpr,
 ):
@@ -217,7 +218,7 @@ def _log_flows_backward(
         first, end = children(tl.where(on_path, node, -1), first_child, num_nodes)
         node = child_over(first, end, position, first_item)
         on_path = on_path & (first <= node)
-    tl.store(grad_rewards + batch * items + item, total, mask=writes)
+    tl.store(grad_rewards + batch * width + item, total, mask=writes)
 
 
 def trie_log_flows_backward(
@@ -230,8 +231,10 @@ def trie_log_flows_backward(
     item_count: Tensor,
     item_order: Tensor,
 ) -> Tensor:
-    batches, items = log_rewards.shape
-    grad_rewards = log_rewards.new_empty(batches, items)
+    batches, items = log_rewards.shape[0], item_order.numel()
+    # Nothing is written for items that were removed.
+    removed = items < log_rewards.shape[1]
+    grad_rewards = (log_rewards.new_zeros if removed else log_rewards.new_empty)(log_rewards.shape)
     launch(
         _log_flows_backward,
         triton.cdiv(items, ITEM_TILE.ROWS) * triton.cdiv(batches, ITEM_TILE.BLOCK),
@@ -245,6 +248,7 @@ def trie_log_flows_backward(
         items,
         batches,
         grad_rewards,
+        log_rewards.shape[1],
         ITEMS=ITEM_TILE.ROWS,
         BATCHES=ITEM_TILE.BLOCK,
         num_warps=ITEM_TILE.num_warps,

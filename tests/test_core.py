@@ -292,7 +292,7 @@ def test_works_without_the_extension_and_without_triton(tmp_path: Path) -> None:
     source = Path(gflowgr.__file__).parent
     package = tmp_path / "gflowgr"
     (package / "ops").mkdir(parents=True)
-    for name in ("__init__", "trie", "numpy_trie", "reference"):
+    for name in ("__init__", "trie", "numpy_trie", "item_sets", "reference"):
         (package / f"{name}.py").symlink_to(source / f"{name}.py")
     for file in (source / "ops").glob("*.py"):
         (package / "ops" / file.name).symlink_to(file)
@@ -350,6 +350,7 @@ GOOD: dict[str, Any] = {
 ARGUMENTS = {
     "trie_walk": ("tokens", "trie"),
     "trie_log_softmax": ("logits", "nodes", "trie"),
+    "trie_child_log_probs": ("logits", "nodes", "trie"),
     "trie_token_log_probs": ("logits", "tokens", "trie"),
     "trie_linear_token_log_probs": ("hidden", "weight", "tokens", "trie", "bias"),
     "trie_sample": ("logits", "nodes", "trie"),
@@ -620,7 +621,8 @@ def test_what_no_kernel_writes_is_poison(
     monkeypatch.setattr(_cpp, "_core", Idle())
     options = (
         {}
-        if op in ("trie_walk", "trie_log_softmax", "trie_token_log_probs", "trie_sample", "trie_log_flows")
+        if op.removeprefix("trie_")
+        in ("walk", "log_softmax", "child_log_probs", "token_log_probs", "sample", "log_flows")
         else {"reduction": "none"}
     )
     results = call_with(op, backend="cpp", **options)

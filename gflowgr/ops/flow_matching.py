@@ -63,7 +63,7 @@ def flow_matching(
         paths,
         nodes.reshape(paths.shape[:-1]),
         trie.first_child,
-        trie.token,
+        trie.narrow_token,
         trie.max_children,
         log_flows.reshape(lead.numel(), trie.num_nodes),
         backend,

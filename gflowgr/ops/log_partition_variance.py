@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from gflowgr import reference
-from gflowgr.ops import _checks
+from gflowgr.ops import _checks, _filters
 from gflowgr.ops._registry import kernels_of, register, register_composite, resolve_backend
 from gflowgr.ops.trie_token_log_probs import token_log_probs_backward
 
@@ -100,7 +100,7 @@ def trie_log_partition_variance(
         log_probs = reference.trie_token_log_probs(logits, tokens, trie, start)
         loss = reference.log_partition_variance(log_probs, log_rewards, group_size, None)
     else:
-        arrays = (trie.first_child, trie.token, trie.max_children)
+        arrays = (trie.first_child, trie.narrow_token, trie.max_children)
         loss, _ = _trie_variance(logits, tokens, start, *arrays, log_rewards, group_size, backend)
     return reference.reduce(loss, weights, reduction)
 
@@ -151,7 +151,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | Non
     if ctx.needs_input_grad[0]:
         each = (-grad).unsqueeze(-1).expand(tokens.shape)
         grad_logits = token_log_probs_backward(
-            each, logits, tokens, *arrays, ctx.max_children, 0, ctx.backend
+            each, logits, tokens, *arrays, ctx.max_children, 0, *_filters.NO_FILTER, ctx.backend
         )
     return grad_logits, *(None,) * 5, grad, None, None
 

@@ -100,7 +100,7 @@ def trie_linear_token_log_probs(
         tokens.reshape(rows, tokens.shape[-1]),
         trie_walk(tokens, trie).reshape(rows, tokens.shape[-1]),
         trie.first_child,
-        trie.token,
+        trie.narrow_token,
         trie.max_children,
         [low for low, _ in trie.token_ranges],
         [high for _, high in trie.token_ranges],

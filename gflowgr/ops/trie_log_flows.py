@@ -41,7 +41,7 @@ def trie_log_flows(log_rewards: Tensor, trie: _checks.CatalogueTrie, *, backend:
     flows = _log_flows(
         log_rewards.reshape(shape[:-1].numel(), shape[-1]),
         trie.first_child,
-        trie.token,
+        trie.narrow_token,
         trie.first_item,
         trie.item_count,
         trie.item_order,

@@ -32,7 +32,7 @@ def trie_walk(
     if backend == "torch":
         return reference.trie_walk(tokens, start, trie)
     paths = tokens.reshape(start.numel(), shape[-1])
-    return _walk(paths, start.reshape(-1), trie.first_child, trie.token, backend).view(shape)
+    return _walk(paths, start.reshape(-1), trie.first_child, trie.narrow_token, backend).view(shape)
 
 
 _walk = register(

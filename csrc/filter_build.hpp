@@ -1,0 +1,31 @@
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "trie.hpp"
+
+// From lists of items to what `ItemFilter` reads, in time that grows with the lists and the trie's depth.
+namespace gflowgr {
+
+// Bits, 32 a word, of the items of one set and of the nodes at or above them.
+struct AllowedSet {
+  std::int32_t* items;
+  std::int32_t* nodes;
+};
+
+// Sets the bits of `members`, and of the nodes at or above their ends; all bits are 0 before.
+void allow(const Catalogue& catalogue, const std::int64_t* members, std::int64_t count, const AllowedSet& set);
+
+struct HiddenNodes {
+  std::vector<std::int64_t> offsets;
+  std::vector<std::int32_t> nodes;
+};
+
+// For each row, ascending: the nodes with excluded items at or under them and no other items that the row may get.
+// `excluded` holds row * items + item, ascending and without repeats, row b's from offsets[b] on. `sets[b]` is what
+// row b may get; null where that is everything.
+HiddenNodes hidden_nodes(const Catalogue& catalogue, const std::int64_t* offsets, const std::int64_t* excluded,
+                         std::int64_t rows, const std::vector<AllowedSet>* sets, int threads);
+
+}  // namespace gflowgr
