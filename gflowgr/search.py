@@ -10,8 +10,8 @@ from torch import Tensor
 
 from gflowgr import ops
 from gflowgr.filters import ItemFilter
-from gflowgr.item_ranks import ItemRanks
 from gflowgr.ops import _checks as checks
+from gflowgr.ops._item_ranks import ItemRanks
 from gflowgr.ops._random import gumbel, uniform
 from gflowgr.ops.behaviour import Behaviour, draw_children, proposal_log_probs
 from gflowgr.reference import accumulation_dtype, child_range

@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from gflowgr.filters import WORD, ItemFilter
-from gflowgr.trie import PrefixTrie
+from gflowgr.ops._checks import CatalogueTrie
+
+# Bits of a word of a bit set.
+_WORD = 32
+
+
+class FilteredItems(Protocol):
+    """What is read of an `ItemFilter`."""
+
+    @property
+    def num_rows(self) -> int: ...
+    @property
+    def num_items(self) -> int: ...
+    @property
+    def excluded_items(self) -> Tensor: ...
+    @property
+    def allowed_items(self) -> Tensor | None: ...
+    @property
+    def allowed_set(self) -> Tensor | None: ...
 
 
 class ItemRanks:
@@ -18,7 +37,7 @@ class ItemRanks:
         item_filter: what is available; everything without one.
     """
 
-    def __init__(self, trie: PrefixTrie, item_filter: ItemFilter | None = None) -> None:
+    def __init__(self, trie: CatalogueTrie, item_filter: FilteredItems | None = None) -> None:
         self.trie = trie
         self._allowed: _Lists | None = None
         self._excluded: _Lists | None = None
@@ -26,10 +45,10 @@ class ItemRanks:
         if item_filter is None:
             return
         self._row = torch.arange(item_filter.num_rows, device=trie.device)
-        if item_filter._allowed_items is not None and item_filter.allowed_set is not None:
-            self._allowed = _allowed_positions(trie, item_filter._allowed_items)
+        if item_filter.allowed_items is not None and item_filter.allowed_set is not None:
+            self._allowed = _allowed_positions(trie, item_filter.allowed_items)
             self._set = item_filter.allowed_set
-        if item_filter._excluded.numel():
+        if item_filter.excluded_items.numel():
             self._exclude(item_filter)
 
     def under(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,11 +75,11 @@ class ItemRanks:
         ranks = positions if self._allowed is None else self._allowed.below(self._set, positions)
         return ranks if self._excluded is None else ranks - self._excluded.below(self._row, ranks)
 
-    def _exclude(self, item_filter: ItemFilter) -> None:
+    def _exclude(self, item_filter: FilteredItems) -> None:
         """Takes excluded items out of the ranks of those that are allowed."""
         row, item = (
-            item_filter._excluded // item_filter.num_items,
-            item_filter._excluded % item_filter.num_items,
+            item_filter.excluded_items // item_filter.num_items,
+            item_filter.excluded_items % item_filter.num_items,
         )
         there = self.trie.item_node[item] >= 0
         row, item = row[there], item[there]
@@ -100,20 +119,20 @@ class _Lists:
 _ALLOWED: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def _allowed_positions(trie: PrefixTrie, sets: Tensor) -> _Lists:
+def _allowed_positions(trie: CatalogueTrie, sets: Tensor) -> _Lists:
     """Where in trie order the items of each bit set (G, ceil(N / 32)) stand."""
     if sets not in _ALLOWED:
         span = trie.item_order.numel() + 2
         order = trie.item_order.long()
         keys = [
-            ((words[order // WORD] >> (order % WORD)) & 1).nonzero().squeeze(1) + number * span
+            ((words[order // _WORD] >> (order % _WORD)) & 1).nonzero().squeeze(1) + number * span
             for number, words in enumerate(sets)
         ]
         _ALLOWED[sets] = _Lists(torch.cat(keys), len(sets), span)
     return _ALLOWED[sets]
 
 
-def _positions(trie: PrefixTrie, items: Tensor) -> Tensor:
+def _positions(trie: CatalogueTrie, items: Tensor) -> Tensor:
     """Where in trie order items (E,) stand, by bisection of those that end at the same node."""
     low = trie.first_item[trie.item_node[items]].long()
     high = ItemRanks(trie).own_end(trie.item_node[items].long())
