@@ -55,7 +55,8 @@ def trie_sample(
         tokens int64 (...), nodes int64 (...) reached by them, and log_probs (...) float32 (float64 for
         float64): the draw's log-prob under the policy at temperature 1, whatever drew it, differentiable in
         `logits`. What it was drawn with is `proposal_log_probs` of `gflowgr.ops.behaviour`, applied to
-        `trie_child_log_probs`, at the place `node reached - trie.first_child[node]`. A row with nothing to draw (a leaf, or -1) gives -1, -1 and 0.
+        `trie_child_log_probs`, at the place `node reached - trie.first_child[node]`.
+        A row with nothing to draw (a leaf, or -1) gives -1, -1 and 0.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, device, vocabulary or range.
@@ -72,7 +73,6 @@ def trie_sample(
         raise ValueError(f"generator is of {generator.device}, needs {logits.device} like logits")
     if generator is not None and seeds is not None:
         raise ValueError("generator and seeds are both given, needs one of them")
-    backend = resolve_backend(backend, "trie_sample", logits.device)
     # The compiler knows no torch.rand that takes both a generator, even None, and a shape of any size.
     source: dict[str, Any] = {} if generator is None else {"generator": generator}
     uniform = (
@@ -82,6 +82,7 @@ def trie_sample(
     )
     if behaviour.truncates or behaviour.epsilon:
         return _by_behaviour(logits, nodes, trie, uniform, behaviour, backend)
+    backend = resolve_backend(backend, "trie_sample", logits.device)
     if backend == "torch":
         return reference.trie_sample(logits, nodes, trie, uniform, temperature)
     paths = _checks.as_paths(logits.unsqueeze(0) if logits.dim() == 1 else logits)
@@ -128,7 +129,8 @@ def _by_behaviour(
     item_count = None
     if behaviour.counts_items:
         child = first.unsqueeze(-1) + torch.arange(log_probs.shape[-1], device=first.device)
-        begin, end = ItemRanks(trie).under(child.clamp(max=trie.num_nodes - 1).flatten(1))
+        child = child.clamp(max=trie.num_nodes - 1)
+        begin, end = ItemRanks(trie).under(child.flatten(1) if child.dim() > 2 else child)
         item_count = (end - begin).view(child.shape)
     drawn = draw_children(proposal_log_probs(log_probs.detach(), behaviour, item_count), uniform)
     alive = (log_probs != -torch.inf).any(-1)
