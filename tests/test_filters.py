@@ -12,7 +12,6 @@ from core_cases import FLOATS, LAYOUTS, assert_close, backends, device_of, for_a
 from filter_cases import Filtered, filtered
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from gflowgr import ItemFilter, PrefixTrie, ops
 
