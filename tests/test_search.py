@@ -360,7 +360,7 @@ def test_bad_arguments_name_themselves() -> None:
             search(writer(), trie, num_samples=0)
         with pytest.raises(ValueError, match=r"seeds has shape \(3,\), needs \(2,\)"):
             search(writer(), trie, num_samples=1, seeds=torch.arange(3))
-        with pytest.raises(TypeError, match=r"seeds has dtype torch.float32"):
+        with pytest.raises(TypeError, match=r"seeds has dtype torch\.float32"):
             search(writer(), trie, num_samples=1, seeds=torch.zeros(2))
         with pytest.raises(ValueError, match="seeds and generator are both given"):
             search(writer(), trie, num_samples=1, seeds=torch.arange(2), generator=torch.Generator())
