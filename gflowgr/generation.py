@@ -17,21 +17,9 @@ from transformers import LogitsProcessor
 from gflowgr import ops
 from gflowgr.backbones import GenerativeRecommender
 from gflowgr.reference import accumulation_dtype
+from gflowgr.search import Generated
 from gflowgr.semantic_ids import EOS
 from gflowgr.trie import PrefixTrie
-
-
-class Generated(NamedTuple):
-    """Items of each context, best or in the order drawn.
-
-    Attributes:
-        items: int64 (B, k), -1 where there are fewer than k.
-        log_probs: (B, k), log P_F of the item's tokens, natural logarithm; -inf where there is no item. Items
-            with the same tokens share them.
-    """
-
-    items: Tensor
-    log_probs: Tensor
 
 
 class _Endings(NamedTuple):
@@ -127,7 +115,7 @@ def sample(
         return _in_order([], history, num_samples)
     with _evaluating(model):
         drawn = _sample(model, history.to(model.device), num_samples, temperature, generator)
-    return Generated(*(part.to(history.device) for part in drawn))
+    return drawn.to(history.device)
 
 
 def score_all(model: GenerativeRecommender, history: Tensor, *, batch_size: int = 16) -> Tensor:
