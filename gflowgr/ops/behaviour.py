@@ -1,0 +1,125 @@
+"""The behaviour policy: what draws, where it is not the forward policy itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gflowgr.ops import _checks
+
+EPSILON_OVER = ("children", "items")
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """How a draw departs from the forward policy, at every step; in the order of the arguments.
+
+    Args:
+        temperature: above 0, divides the logits.
+        top_k: keep the k most probable children.
+        top_p: of those, renormalised, keep the most probable ones until their mass reaches p in (0, 1], the
+            one that crosses included (nucleus sampling, Holtzman et al. 2020). At ties the lower child is
+            kept first.
+        epsilon: in [0, 1], the weight of a uniform draw that is mixed into what is left: it reaches the
+            children that were cut off too.
+        epsilon_over: "children" makes that draw uniform over the node's children, "items" over the items
+            under them.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type or range.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    epsilon: float = 0.0
+    epsilon_over: str = "children"
+
+    def __post_init__(self) -> None:
+        if not _checks.number("temperature", self.temperature) > 0:
+            raise ValueError(f"temperature is {self.temperature}, needs a finite number above 0")
+        if self.top_k is not None:
+            if isinstance(self.top_k, bool) or not isinstance(self.top_k, int):
+                raise TypeError(f"top_k is a {type(self.top_k).__name__}, needs an integer or None")
+            if self.top_k < 1:
+                raise ValueError(f"top_k is {self.top_k}, needs at least 1")
+        if self.top_p is not None and not 0 < _checks.number("top_p", self.top_p) <= 1:
+            raise ValueError(f"top_p is {self.top_p}, needs a number above 0, at most 1")
+        if not 0 <= _checks.number("epsilon", self.epsilon) <= 1:
+            raise ValueError(f"epsilon is {self.epsilon}, needs a number from 0 to 1")
+        if self.epsilon_over not in EPSILON_OVER:
+            raise ValueError(f"epsilon_over is {self.epsilon_over!r}, needs one of {EPSILON_OVER}")
+
+    @property
+    def truncates(self) -> bool:
+        return self.top_k is not None or (self.top_p is not None and self.top_p < 1)
+
+    @property
+    def is_policy(self) -> bool:
+        """Whether it draws from the forward policy as it is."""
+        return self.temperature == 1 and not self.truncates and self.epsilon == 0
+
+    @property
+    def counts_items(self) -> bool:
+        return self.epsilon > 0 and self.epsilon_over == "items"
+
+
+def proposal_log_probs(log_probs: Tensor, behaviour: Behaviour, item_count: Tensor | None = None) -> Tensor:
+    """log of what `behaviour` draws with, from log P_F over the children of each row's node.
+
+    Args:
+        log_probs: (..., C), -inf where there is no child to draw, as `trie_child_log_probs` gives them.
+        item_count: (..., C) items to be had under each child; needed where `behaviour.counts_items`.
+
+    Returns:
+        float64 (..., C), whose exponentials sum to 1; -inf throughout where `log_probs` is.
+    """
+    policy = log_probs.double()
+    if behaviour.is_policy:
+        return policy
+    proposal = policy if behaviour.temperature == 1 else _normalised(policy / behaviour.temperature)
+    if behaviour.truncates:
+        proposal = _normalised(proposal.masked_fill(~_kept(proposal, behaviour), -torch.inf))
+    if behaviour.epsilon == 0:
+        return proposal
+    weight = torch.zeros_like(policy)
+    if behaviour.counts_items:
+        if item_count is None:
+            raise ValueError("item_count is None, needs the items under each child for epsilon_over='items'")
+        weight = item_count.double().log()
+    uniform = _normalised(weight.masked_fill(policy == -torch.inf, -torch.inf))
+    epsilon = torch.tensor(behaviour.epsilon, dtype=torch.float64, device=policy.device)
+    return torch.logaddexp(torch.log1p(-epsilon) + proposal, epsilon.log() + uniform)
+
+
+def draw_children(proposal: Tensor, uniform: Tensor) -> Tensor:
+    """Index of the child at which the CDF of `proposal` (..., C) passes `uniform` (...) in [0, 1): int64.
+
+    0 where no child has mass.
+    """
+    mass = proposal.exp().nan_to_num(0.0)
+    cumulative = mass.cumsum(-1)
+    reached = (cumulative > uniform.unsqueeze(-1) * cumulative[..., -1:]) & (mass > 0)
+    # Rounding can leave the target above the sum.
+    last_possible = torch.where(mass > 0, torch.arange(mass.shape[-1], device=mass.device), 0).amax(-1)
+    return torch.where(reached.any(-1), reached.int().argmax(-1), last_possible)
+
+
+def _kept(proposal: Tensor, behaviour: Behaviour) -> Tensor:
+    """Which children survive `top_k`, then `top_p`."""
+    descending, order = proposal.sort(-1, descending=True, stable=True)
+    rank = torch.arange(order.shape[-1], device=order.device).expand(order.shape)
+    kept = rank < (order.shape[-1] if behaviour.top_k is None else behaviour.top_k)
+    if behaviour.top_p is not None and behaviour.top_p < 1:
+        mass = torch.where(kept, descending.exp(), 0.0).cumsum(-1)
+        before = F.pad(mass, (1, 0))[..., :-1]
+        kept = kept & (before < behaviour.top_p * mass[..., -1:])
+    return torch.zeros_like(kept).scatter(-1, order, kept)
+
+
+def _normalised(values: Tensor) -> Tensor:
+    total = values.logsumexp(-1, keepdim=True)
+    return torch.where(total == -torch.inf, -torch.inf, values - total)
