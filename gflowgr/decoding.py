@@ -222,7 +222,7 @@ class _DecoderWriter(TreeWriter):
 
 
 def tree_writer(
-    model: Any, inputs: Any, token_ranges: Sequence[tuple[int, int]], *, paths: int = 1
+    model: Any, inputs: Any, token_ranges: Sequence[tuple[int, int]], *, capacity: int = 0
 ) -> TreeWriter:
     """Reads inputs with a model, which is then ready to write.
 
@@ -231,7 +231,8 @@ def tree_writer(
         inputs: what the model reads: a mapping with `input_ids` (B, S) and, if there is padding on any side,
             `attention_mask` (B, S); or `input_ids` alone, of which the model's padding token is then padding.
         token_ranges: for each depth, the smallest and the largest token that is written there, as a trie's.
-        paths: how many paths a context will have at most, for which room is made at once. More are allowed.
+        capacity: tokens that a context will write on all its paths, for which room is made at once; more are
+            allowed.
 
     Raises:
         TypeError: `model` is no transformers model, `inputs` are no integers.
@@ -242,7 +243,6 @@ def tree_writer(
     transformer = transformer_of(model)
     _require_evaluation(transformer)
     tokens, real = read_inputs(transformer, inputs)
-    capacity = paths * (len(token_ranges) - 1)
     config = transformer.config
     with torch.no_grad():
         if config.is_encoder_decoder:

@@ -29,8 +29,8 @@ def _soft_capped(config: Any, logits: Tensor) -> Tensor:
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
-# What a family does to the states before its head and to the logits behind it. A family that is not here, such
-# as mT5, whose scaling depends on the version of transformers, is asked for its logits itself.
+# What a family does to the states before its head and to the logits behind it. A family that is not here,
+# such as mT5, whose scaling depends on the version of transformers, is asked for its logits itself.
 _AROUND_HEADS: dict[str, tuple[Scaling, Scaling]] = {
     **dict.fromkeys(
         (

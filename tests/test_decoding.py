@@ -135,7 +135,7 @@ def assert_own(model: Any, read: list[list[int]], logits: Tensor, depth: int) ->
 
 def assert_writes_as_the_model(model: Any, transformer: Any = None, inputs: Any = None) -> None:
     read = rows()
-    writer = tree_writer(model, padded(read) if inputs is None else inputs, RANGES, paths=5)
+    writer = tree_writer(model, padded(read) if inputs is None else inputs, RANGES, capacity=12)
     transformer = model if transformer is None else transformer
     assert_own(transformer, read, writer.logits, 0)
     for number in range(3):
@@ -214,7 +214,7 @@ def _shifted(module: Any, inputs: Any, output: Any) -> Any:
 def test_bfloat16_is_near(family: str) -> None:
     exact, rounded = build(family), build(family, dtype=torch.bfloat16)
     inputs = padded(rows())
-    ours = [tree_writer(model, inputs, RANGES, paths=5) for model in (exact, rounded)]
+    ours = [tree_writer(model, inputs, RANGES, capacity=12) for model in (exact, rounded)]
     assert ours[1].logits.dtype == torch.bfloat16
     for number in range(3):
         expected, logits = (step(writer, number, 3) for writer in ours)
@@ -226,7 +226,7 @@ def test_bfloat16_is_near(family: str) -> None:
 def test_a_writer_wound_back_writes_another_branch(family: str) -> None:
     model, read = build(family), rows()
     # Room for one path a step: the cache has to grow, too.
-    writer = tree_writer(model, padded(read), RANGES, paths=1)
+    writer = tree_writer(model, padded(read), RANGES, capacity=3)
     start = writer.mark
     step(writer, 0, 3)
     first = writer.mark
@@ -254,7 +254,7 @@ def test_the_prompt_runs_once_and_every_key_is_written_once(monkeypatch: pytest.
     monkeypatch.setattr(StaticLayer, "update", counted)
     for family, first in (("llama", [(3, 7)] * 2), ("t5", [(3, 1), (3, 7)] * 2)):
         written.clear()
-        writer = tree_writer(build(family), padded(rows()), RANGES, paths=5)
+        writer = tree_writer(build(family), padded(rows()), RANGES, capacity=12)
         assert written == first
         for number in range(3):
             step(writer, number, 3)
