@@ -119,6 +119,16 @@ class ItemFilter:
             f"allowed_sets={0 if self.allowed is None else len(self.allowed)}, device={self.device})"
         )
 
+    @property
+    def excluded_items(self) -> Tensor:
+        """int64, ascending: row * num_items + item for every excluded item."""
+        return self._excluded
+
+    @property
+    def allowed_items(self) -> Tensor | None:
+        """int32 (G, ceil(num_items / 32)), for each set a bit an item; None without `allow`."""
+        return self._allowed_items
+
     def hides(self, items: Tensor) -> Tensor:
         """Which items the rows must not get: (B, K) integers -> (B, K) bool.
 

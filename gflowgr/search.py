@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gflowgr.item_ranks import ItemRanks
+from gflowgr import ops
+from gflowgr.filters import ItemFilter
 from gflowgr.ops import _checks as checks
+from gflowgr.ops._item_ranks import ItemRanks
 from gflowgr.ops._random import gumbel, uniform
 from gflowgr.ops.behaviour import Behaviour, draw_children, proposal_log_probs
-from gflowgr.reference import child_log_probs, child_range
+from gflowgr.reference import accumulation_dtype, child_range
 from gflowgr.trie import PrefixTrie
 
 FORWARD_POLICY = Behaviour()
@@ -39,7 +41,12 @@ class Generated(NamedTuple):
     log_proposal: Tensor | None = None
 
     def to(self, device: torch.device) -> Generated:
-        return Generated(*(part if part is None else part.to(device) for part in self))
+        return Generated(
+            self.items.to(device),
+            self.log_probs.to(device),
+            None if self.log_inclusion is None else self.log_inclusion.to(device),
+            None if self.log_proposal is None else self.log_proposal.to(device),
+        )
 
 
 class Writer(Protocol):
@@ -68,7 +75,12 @@ class Writer(Protocol):
 
 
 def beam_search(
-    writer: Writer, trie: PrefixTrie, *, num_items: int, num_beams: int | None = None
+    writer: Writer,
+    trie: PrefixTrie,
+    *,
+    num_items: int,
+    num_beams: int | None = None,
+    item_filter: ItemFilter | None = None,
 ) -> Generated:
     """The most probable items of each context, best first.
 
@@ -82,6 +94,7 @@ def beam_search(
         trie: on the writer's device.
         num_items: k, results a context.
         num_beams: prefixes to keep at each depth, by default max(20, k).
+        item_filter: the items that each context may get; no beam is spent on others.
 
     Returns:
         items and log-probabilities (B, k).
@@ -93,7 +106,7 @@ def beam_search(
     _at_least_one("num_items", num_items)
     if num_beams < num_items:
         raise ValueError(f"num_beams is {num_beams}, needs at least num_items, {num_items}")
-    paths = _Paths(writer, trie)
+    paths = _Paths(writer, trie, item_filter)
     scores = paths.zeros()
     begins, counts, found = [], [], []
     while paths.num_paths:
@@ -117,6 +130,7 @@ def draw(
     trie: PrefixTrie,
     *,
     num_samples: int,
+    item_filter: ItemFilter | None = None,
     behaviour: Behaviour = FORWARD_POLICY,
     seeds: Tensor | None = None,
     generator: torch.Generator | None = None,
@@ -130,6 +144,7 @@ def draw(
         writer: at the root.
         trie: on the writer's device.
         num_samples: M.
+        item_filter: the items that each context may get; policies are over what it leaves.
         behaviour: what draws in place of the forward policy.
         seeds: integers (B,), one for each context: its draws are then a function of its seed and its logits,
             whatever stands beside it in the batch, and the first of M draws are those of fewer.
@@ -144,13 +159,13 @@ def draw(
         TypeError, ValueError: an argument has the wrong type, shape or range.
     """
     _at_least_one("num_samples", num_samples)
-    paths = _Paths(writer, trie)
+    paths = _Paths(writer, trie, item_filter)
     seeds = _seeds_of(paths.nodes, seeds, generator).unsqueeze(1)
     number = torch.arange(num_samples, device=seeds.device)
     path = torch.zeros_like(paths.nodes).expand(-1, num_samples)
     going = torch.ones_like(path, dtype=torch.bool)
     ends = torch.full_like(path, -1)
-    log_probs = paths.zeros().expand(path.shape).contiguous()
+    log_probs = paths.zeros().expand(path.shape)
     log_proposal = log_probs.double()
     while paths.num_paths:
         policy = paths.log_probs()
@@ -161,8 +176,8 @@ def draw(
         parents, reached = paths.children(chosen)
         step = proposal.flatten(1).gather(1, chosen)
         alive = going & (step != -torch.inf)
-        log_probs += torch.where(going, policy.flatten(1).gather(1, chosen), 0.0)
-        log_proposal += torch.where(going, step, 0.0)
+        log_probs = log_probs + torch.where(going, policy.flatten(1).gather(1, chosen), 0.0)
+        log_proposal = log_proposal + torch.where(going, step, 0.0)
         ends = torch.where(going, torch.where(alive, reached, -1), ends)
         going = alive & ~_Ends(paths.ranks, reached).decided
         # Draws at the same node go on as one path.
@@ -184,6 +199,7 @@ def draw_without_replacement(
     trie: PrefixTrie,
     *,
     num_samples: int,
+    item_filter: ItemFilter | None = None,
     behaviour: Behaviour = FORWARD_POLICY,
     seeds: Tensor | None = None,
     generator: torch.Generator | None = None,
@@ -191,22 +207,23 @@ def draw_without_replacement(
     """Draws k distinct items of each context, exactly as one after the other without replacement would.
 
     Stochastic beam search (Kool, van Hoof and Welling 2019): every item has its log-probability plus Gumbel
-    noise, the k largest sums are the draw, and they are found down the tree, since the largest sum under a node
-    is the node's own log-probability plus Gumbel noise. No item comes twice in a row of the result, so a row
-    is a group free of repetitions. Items of the same tokens are outcomes of their own, each with an equal part
-    of the probability of the tokens. An item that is a prefix of other available ones is never drawn.
+    noise, and the k largest sums are the draw. They are found down the tree, as the largest sum under a node
+    is the node's own log-probability plus Gumbel noise. No item comes twice in a row of the result: it is a
+    group free of repetitions. Items of the same tokens are outcomes of their own, each with an equal part of
+    the probability of the tokens. An item that is a prefix of other available ones is never drawn.
 
-    With p = exp(log_probs) the sum of `p * f(item) / exp(log_inclusion)` over a row is an unbiased estimate of
-    the sum of p * f over all items; it does without the normalised form's bias.
+    With p = exp(log_probs), the sum over a row of p * f(item) / exp(log_inclusion) is an unbiased estimate of
+    the sum of p * f over all items that can be drawn.
 
     Args:
         writer: at the root.
         trie: on the writer's device.
         num_samples: k.
+        item_filter: the items that each context may get; policies are over what it leaves.
         behaviour: what draws in place of the forward policy, at every step.
         seeds: integers (B,), one for each context: noise is then a function of the seed and of the node or
-            item, so a draw does not depend on what stands beside it in the batch, and the first of k items are
-            those of fewer.
+            item, so a draw does not depend on what stands beside it in the batch, and the first of k items
+            are those of fewer.
         generator: what seeds are drawn from where none are given.
 
     Returns:
@@ -219,11 +236,9 @@ def draw_without_replacement(
         TypeError, ValueError: an argument has the wrong type, shape or range.
     """
     _at_least_one("num_samples", num_samples)
-    paths = _Paths(writer, trie)
+    paths = _Paths(writer, trie, item_filter)
     seeds = _seeds_of(paths.nodes, seeds, generator).unsqueeze(1)
-    going = _Race(
-        paths.nodes, paths.zeros(), paths.zeros().double(), gumbel(seeds, paths.nodes), paths.nodes
-    )
+    going = _Race(paths.nodes, paths.zeros(), paths.zeros().double(), gumbel(seeds, paths.nodes), paths.nodes)
     ended = _Race(*(part[:, :0] for part in going))
     threshold = torch.full_like(going.sums[:, :1], -torch.inf)
     while paths.num_paths:
@@ -236,26 +251,26 @@ def draw_without_replacement(
         columns, on = paths.advance(race.places, race.parents, unfinished)
         going, ended = race.at(columns).only(on), race.only(~unfinished)
     race, threshold = _drawn_items(ended, seeds, paths.ranks, num_samples, threshold)
-    log_inclusion = _log_chance(race.log_proposal - threshold).masked_fill(~race.alive, -torch.inf)
-    race = race.padded(num_samples)
-    log_inclusion = F.pad(log_inclusion, (0, num_samples - log_inclusion.shape[1]), value=-torch.inf)
-    dtype = race.log_probs.dtype
+    log_inclusion = torch.where(race.alive, _log_chance(race.log_proposal - threshold), -torch.inf)
+
+    def filled(part: Tensor) -> Tensor:
+        part = torch.where(race.alive, part.to(race.log_probs.dtype), -torch.inf)
+        return F.pad(part, (0, num_samples - part.shape[1]), value=-torch.inf)
+
     return Generated(
-        torch.where(race.alive, race.places, -1),
-        race.log_probs.masked_fill(~race.alive, -torch.inf),
-        log_inclusion.to(dtype),
-        None
-        if behaviour.is_policy
-        else race.log_proposal.masked_fill(~race.alive, -torch.inf).to(dtype),
+        F.pad(torch.where(race.alive, race.places, -1), (0, num_samples - race.places.shape[1]), value=-1),
+        filled(race.log_probs),
+        filled(log_inclusion),
+        None if behaviour.is_policy else filled(race.log_proposal),
     )
 
 
 class _Paths:
     """The prefixes that the writer continues: (B, n) nodes of one depth, -1 where a context has fewer."""
 
-    def __init__(self, writer: Writer, trie: PrefixTrie) -> None:
-        self.writer, self.trie = writer, trie
-        self.ranks = ItemRanks(trie)
+    def __init__(self, writer: Writer, trie: PrefixTrie, item_filter: ItemFilter | None) -> None:
+        self.writer, self.trie, self.item_filter = writer, trie, item_filter
+        self.ranks = ItemRanks(trie, item_filter)
         self.logits = writer.logits
         self.nodes = torch.zeros(self.logits.shape[:2], dtype=torch.int64, device=self.logits.device)
         self.depth = 0
@@ -268,12 +283,18 @@ class _Paths:
 
     def zeros(self) -> Tensor:
         """(B, n) in the dtype of log-probabilities."""
-        return torch.zeros(self.nodes.shape, dtype=self.log_probs().dtype, device=self.nodes.device)
+        return torch.zeros_like(self.nodes, dtype=accumulation_dtype(self.logits.dtype))
 
     def log_probs(self) -> Tensor:
         """log P_F of the children: (B, n, width)."""
-        first_token = self.trie.token_ranges[self.depth][0]
-        return child_log_probs(self.logits, self.nodes, self.trie, first_token)[3][..., : self.width]
+        return ops.trie_child_log_probs(
+            self.logits,
+            self.nodes,
+            self.trie,
+            item_filter=self.item_filter,
+            first_token=self.trie.token_ranges[self.depth][0],
+            width=self.width,
+        )
 
     def all_children(self) -> tuple[Tensor, Tensor]:
         """The path and the node of every child: (B, n, width); any node where there is no child."""
@@ -329,7 +350,7 @@ class _Ends:
     def __init__(self, ranks: ItemRanks, nodes: Tensor) -> None:
         self.begin, end = ranks.under(nodes)
         self.under = end - self.begin
-        self.own = ranks.at(nodes)[1] - self.begin
+        self.own = ranks.own_end(nodes) - self.begin
         item_node = ranks.trie.item_node
         first, last = ranks.items(self.begin), ranks.items((end - 1).clamp(min=0))
         self.decided = item_node[first] == item_node[last]
@@ -381,11 +402,6 @@ class _Race(NamedTuple):
         sums = _with_maximum(log_proposal + noise, self.sums.unsqueeze(2))
         parts = (places, log_probs, log_proposal, sums, parents)
         return _Race(*(part.flatten(1) for part in parts))
-
-    def padded(self, count: int) -> _Race:
-        """With contenders of no chance until there are `count`."""
-        missing = (0, count - self.sums.shape[1])
-        return _Race(*(F.pad(part, missing) for part in self[:3]), F.pad(self.sums, missing, value=-torch.inf), F.pad(self.parents, missing))
 
 
 def _drawn_items(

@@ -259,7 +259,7 @@ def test_samples_follow_the_policy(backbone: str, temperature: float) -> None:
         temperature=temperature,
         generator=torch.Generator().manual_seed(0),
     )
-    items, log_probs = (part.view(10, 2, 300).transpose(0, 1).flatten(1) for part in drawn)
+    items, log_probs = (part.view(10, 2, 300).transpose(0, 1).flatten(1) for part in drawn[:2])
     exact = Oracle(model, history).items.double()
     torch.testing.assert_close(log_probs, exact.gather(1, items), rtol=0, atol=1e-5)
     tempered = Oracle(model, history, temperature)

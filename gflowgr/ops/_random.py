@@ -27,8 +27,9 @@ def random_bits(seeds: Tensor, *places: Tensor | int) -> Tensor:
     """
     bits = _mixed(seeds.long() + _GOLDEN_GAMMA)
     for place in places:
-        # From 1 on: place 0 shall not repeat what came before it.
-        bits = _mixed(bits + (place + 1) * _GOLDEN_GAMMA)
+        # From 1 on: under place 0 alone, bits of 0 would stay so.
+        offset = (place + 1) * _GOLDEN_GAMMA
+        bits = _mixed(bits + (_signed(offset % (1 << 64)) if isinstance(offset, int) else offset))
     return bits
 
 

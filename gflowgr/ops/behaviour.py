@@ -98,19 +98,21 @@ def proposal_log_probs(log_probs: Tensor, behaviour: Behaviour, item_count: Tens
 def draw_children(proposal: Tensor, uniform: Tensor) -> Tensor:
     """Index of the child at which the CDF of `proposal` (..., C) passes `uniform` (...) in [0, 1): int64.
 
-    0 where no child has mass.
+    The first child where none has mass, as under logits that are NaN, and 0 where there is no child.
     """
     mass = proposal.exp().nan_to_num(0.0)
     cumulative = mass.cumsum(-1)
     reached = (cumulative > uniform.unsqueeze(-1) * cumulative[..., -1:]) & (mass > 0)
     # Rounding can leave the target above the sum.
-    last_possible = torch.where(mass > 0, torch.arange(mass.shape[-1], device=mass.device), 0).amax(-1)
+    places = torch.arange(mass.shape[-1], device=mass.device)
+    first = (proposal != -torch.inf).int().argmax(-1, keepdim=True)
+    last_possible = torch.where(mass > 0, places, first).amax(-1)
     return torch.where(reached.any(-1), reached.int().argmax(-1), last_possible)
 
 
 def _kept(proposal: Tensor, behaviour: Behaviour) -> Tensor:
     """Which children survive `top_k`, then `top_p`."""
-    descending, order = proposal.sort(-1, descending=True, stable=True)
+    descending, order = proposal.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(order.shape[-1], device=order.device).expand(order.shape)
     kept = rank < (order.shape[-1] if behaviour.top_k is None else behaviour.top_k)
     if behaviour.top_p is not None and behaviour.top_p < 1:
