@@ -129,8 +129,8 @@ def _node_log_probs(
         place = torch.arange(len(parents), device=trie.device) - (counts.cumsum(0) - counts)[parents]
         children = first[parents] + place
         of_nodes[:, children] = of_nodes[:, nodes][:, parents] + log_probs[:, parents, place]
-        on = undecided[children]
-        for some in on.nonzero().squeeze(1).split(num_paths):
+        on = undecided[children].nonzero().squeeze(1)
+        for some in on.split(num_paths) if len(on) else ():
             waiting.append(_Chunk(writer.mark, children[some], parents[some]))
         if not waiting:
             break
