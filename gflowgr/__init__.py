@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gflowgr import ops
     from gflowgr.filters import ItemFilter
+    from gflowgr.generation import generate
     from gflowgr.trie import PrefixTrie
 
 __version__ = "0.1.0"
-__all__ = ["ItemFilter", "PrefixTrie", "ops"]
+__all__ = ["ItemFilter", "PrefixTrie", "generate", "ops"]
 
 
 def __getattr__(name: str) -> Any:
@@ -20,6 +21,8 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("gflowgr.trie").PrefixTrie
     if name == "ItemFilter":
         return importlib.import_module("gflowgr.filters").ItemFilter
+    if name == "generate":
+        return importlib.import_module("gflowgr.generation").generate
     if name == "ops":
         return importlib.import_module("gflowgr.ops")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
