@@ -99,8 +99,7 @@ def generate(
         raise ValueError(f"num_beams is {num_beams}, needs method='beam'")
     contexts = Contexts(model, inputs, trie)
     item_filter = contexts.item_filter(exclude, allow, exclude_history)
-    if method != "beam":
-        seeds = contexts.seeds(seeds, generator)
+    row_seeds = None if method == "beam" else contexts.seeds(seeds, generator)
 
     def of_batch(rows: Tensor) -> Generated:
         writer = contexts.writer(rows, paths)
@@ -117,7 +116,7 @@ def generate(
             num_samples=num_items,
             item_filter=chosen,
             behaviour=behaviour,
-            seeds=seeds[rows],
+            seeds=None if row_seeds is None else row_seeds[rows],
         )
 
     with evaluating(model):
@@ -144,5 +143,7 @@ def _in_order(found: list[tuple[Tensor, Generated]], contexts: Contexts, num_ite
         return Generated(nothing.long(), nothing)
     back = torch.cat([rows for rows, _ in found]).argsort()
     parts = zip(*(part for _, part in found), strict=True)
-    whole = [None if part[0] is None else torch.cat(part)[back.to(part[0].device)] for part in parts]
+    whole: list[Any] = [
+        None if part[0] is None else torch.cat(part)[back.to(part[0].device)] for part in parts
+    ]
     return Generated(*whole).to(contexts.device)
