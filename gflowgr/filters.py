@@ -12,6 +12,11 @@ from torch import Tensor
 from gflowgr.item_sets import item_sets, rows_of_items
 from gflowgr.ops._checks import CatalogueTrie, trie_for
 
+try:
+    from gflowgr import _core
+except ImportError:
+    _core = None  # type: ignore[assignment]
+
 # Bits of a word of a bit set.
 WORD = 32
 
@@ -70,17 +75,52 @@ class ItemFilter:
         )
         if set_of_row is not None:
             counts["allow"] = set_of_row.numel()
-        self.num_rows = _agreed(counts)
+        num_rows = _agreed(counts)
         self.num_items, self.num_nodes = trie.num_items, trie.num_nodes
         self._item_node = trie.item_node
         self._excluded = (excluded_row * self.num_items + excluded_item).unique()
         self.allowed = self._allowed_items = self.allowed_set = None
         if sets is not None:
-            shared = torch.zeros(self.num_rows, dtype=torch.int64, device=device)
+            shared = torch.zeros(num_rows, dtype=torch.int64, device=device)
             self.allowed_set = shared if set_of_row is None else set_of_row
-        self._find_hidden(trie, sets)
+        if _core is not None and device.type == "cpu":
+            self._find_hidden_in_core(trie, sets, num_rows)
+        else:
+            self._find_hidden(trie, sets, num_rows)
 
-    def _find_hidden(self, trie: CatalogueTrie, sets: list[Tensor] | None) -> None:
+    def _find_hidden_in_core(self, trie: CatalogueTrie, sets: list[Tensor] | None, num_rows: int) -> None:
+        arrays = (trie.first_child.data_ptr(), trie.token.data_ptr(), trie.num_nodes)
+        items = (trie.first_item, trie.item_count, trie.item_order, trie.item_node)
+        ending = (*(each.data_ptr() for each in items), trie.num_items)
+        set_of_row: list[tuple[int, int]] = []
+        if sets is not None:
+            self._allowed_items = _no_bits(len(sets), self.num_items, trie.device)
+            self.allowed = _no_bits(len(sets), self.num_nodes, trie.device)
+            bits = [
+                (items.data_ptr(), nodes.data_ptr())
+                for items, nodes in zip(self._allowed_items, self.allowed, strict=True)
+            ]
+            for members, (item_bits, node_bits) in zip(sets, bits, strict=True):
+                _core.allow(arrays, ending, members.data_ptr(), members.numel(), item_bits, node_bits)
+            set_of_row = [bits[number] for number in self._set_of(torch.arange(num_rows)).tolist()]
+        bounds = torch.arange(num_rows + 1) * self.num_items
+        offsets = torch.searchsorted(self._excluded, bounds)
+        threads = torch.get_num_threads()
+        found = _core.hidden_nodes(
+            *(
+                arrays,
+                ending,
+                offsets.data_ptr(),
+                self._excluded.data_ptr(),
+                num_rows,
+                set_of_row,
+                threads,
+            )
+        )
+        self.hidden_offsets, self.hidden_nodes = (torch.from_numpy(array) for array in found)
+
+    def _find_hidden(self, trie: CatalogueTrie, sets: list[Tensor] | None, num_rows: int) -> None:
+        """What the C++ core does for a trie on the CPU: by counting, which finds the same from any device."""
         row, item = self._excluded // self.num_items, self._excluded % self.num_items
         node = trie.item_node[item].long()
         kept = node >= 0
@@ -101,13 +141,18 @@ class ItemFilter:
                 total[mine] = count[torch.searchsorted(reached, node[mine])]
             self.allowed = _bits(nodes, self.num_nodes, trie.device)
         hidden = left_out == total
-        bounds = torch.arange(self.num_rows + 1, device=trie.device)
+        bounds = torch.arange(num_rows + 1, device=trie.device)
         self.hidden_offsets = torch.searchsorted(row[hidden], bounds)
         self.hidden_nodes = node[hidden].to(torch.int32)
 
     def _set_of(self, row: Tensor) -> Tensor:
         assert self.allowed_set is not None
         return self.allowed_set[row]
+
+    @property
+    def num_rows(self) -> int:
+        # Of a tensor, so that what is compiled for one batch size serves others.
+        return self.hidden_offsets.shape[0] - 1
 
     @property
     def device(self) -> torch.device:
@@ -160,7 +205,6 @@ class ItemFilter:
             raise ValueError(f"rows has an entry outside 0 .. {self.num_rows - 1}")
         rows = rows.long()
         chosen = self._like()
-        chosen.num_rows = rows.numel()
         chosen.hidden_offsets, chosen.hidden_nodes = _gathered(self.hidden_offsets, self.hidden_nodes, rows)
         bounds = torch.arange(self.num_rows + 1, device=self.device) * self.num_items
         offsets, excluded = _gathered(torch.searchsorted(self._excluded, bounds), self._excluded, rows)
@@ -223,7 +267,7 @@ def _counts(row: Tensor, end: Tensor, trie: CatalogueTrie) -> tuple[Tensor, Tens
 
 def _bits(sets: list[Tensor], size: int, device: torch.device) -> Tensor:
     """The bit sets, int32 (G, ceil(size / 32)), of members of 0 .. size - 1."""
-    words = torch.zeros(len(sets), -(-size // WORD), dtype=torch.int32, device=device)
+    words = _no_bits(len(sets), size, device)
     places = torch.arange(WORD, device=device)
     for word, members in zip(words, sets, strict=True):
         flags = torch.zeros(word.numel() * WORD, dtype=torch.int64, device=device)
@@ -232,6 +276,10 @@ def _bits(sets: list[Tensor], size: int, device: torch.device) -> Tensor:
         # The highest bit is an int32's sign.
         word.copy_(torch.where(value >= 2**31, value - 2**32, value))
     return words
+
+
+def _no_bits(sets: int, size: int, device: torch.device) -> Tensor:
+    return torch.zeros(sets, -(-size // WORD), dtype=torch.int32, device=device)
 
 
 def _bit(words: Tensor, index: Tensor, member: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 ARRAYS = ("first_child", "token", "first_item", "item_count", "item_order", "item_node")
 FORMAT = "gflowgr.PrefixTrie/1"
+_NO_FILTER = (0,) * 6
 _DTYPES = {"float32": 0, "float64": 1, "float16": 3}
 
 
@@ -216,7 +217,9 @@ class NumpyTrie:
         """
         rows, nodes = self._rows(logits, nodes)
         out = np.empty(logits.shape, dtype=_sums(rows))
-        self._core.log_softmax(self._arrays, _raw(rows), nodes.ctypes.data, out.ctypes.data, self.threads)
+        self._core.log_softmax(
+            self._arrays, _NO_FILTER, _raw(rows), nodes.ctypes.data, out.ctypes.data, self.threads
+        )
         return out
 
     def sample(
@@ -246,7 +249,7 @@ class NumpyTrie:
         tokens, reached = np.empty_like(nodes), np.empty_like(nodes)
         log_probs = np.empty(nodes.shape, dtype=_sums(rows))
         self._core.sample(
-            self._arrays, _raw(rows), nodes.ctypes.data, uniform.ctypes.data, temperature,
+            self._arrays, _NO_FILTER, _raw(rows), nodes.ctypes.data, uniform.ctypes.data, temperature,
             tokens.ctypes.data, reached.ctypes.data, log_probs.ctypes.data, self.threads,
         )  # fmt: skip
         return tokens, reached, log_probs

@@ -409,7 +409,7 @@ def _drawn_items(
 ) -> tuple[_Race, Tensor]:
     """The leading items of contenders that are nodes, each with the items of one token sequence."""
     ends = _Ends(ranks, race.places)
-    most = int(torch.where(race.alive, ends.under, 0).max()) if race.places.numel() else 0
+    most = max(1, int(torch.where(race.alive, ends.under, 0).max())) if race.places.numel() else 1
     slots = torch.arange(most, device=seeds.device)
     exists = (slots < ends.under.unsqueeze(2)) & race.alive.unsqueeze(2)
     at = torch.where(exists, ends.begin.unsqueeze(2) + slots, 0)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from gflowgr import PrefixTrie, ops
 from gflowgr.numpy_trie import ARRAYS, NumpyTrie
+from gflowgr.ops._filters import NO_FILTER
 
 pytest.importorskip("gflowgr._core", reason="the C++ extension is not compiled")
 
@@ -58,7 +59,15 @@ def test_policy_and_draws_are_the_ops(world: World, shape: tuple[int, ...], layo
     uniform = torch.from_numpy(np.asarray(np.random.default_rng(0).random(shape)))
     paths, flat = tensor.reshape(1, -1, world.width), nodes.reshape(1, -1)
     expected_tokens, expected_nodes, expected_drawn = torch.ops.gflowgr.trie_sample(
-        paths, flat, trie.first_child, trie.token, trie.max_children, uniform.reshape(1, -1), 0.7, "cpp"
+        paths,
+        flat,
+        trie.first_child,
+        trie.token,
+        trie.max_children,
+        uniform.reshape(1, -1),
+        0.7,
+        *NO_FILTER,
+        "cpp",
     )
     assert tokens.shape == reached.shape == drawn.shape == shape
     np.testing.assert_array_equal(tokens.ravel(), expected_tokens[0])

@@ -20,9 +20,8 @@ from torch import Tensor
 from gflowgr import PrefixTrie, ops, reference
 
 pytest.importorskip("triton")
-from gflowgr.kernels import _launch
-
 from gflowgr import kernels
+from gflowgr.kernels import _launch
 
 runs = pytest.mark.skipif(
     not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1",

@@ -28,6 +28,12 @@ class CatalogueFilter(reference.RowFilter, Protocol):
     """What the ops read of an `ItemFilter`."""
 
     @property
+    def num_items(self) -> int: ...
+    @property
+    def excluded_items(self) -> Tensor: ...
+    @property
+    def allowed_items(self) -> Tensor | None: ...
+    @property
     def num_nodes(self) -> int: ...
     @property
     def device(self) -> torch.device: ...
@@ -132,6 +138,8 @@ def columns_for(trie: CatalogueTrie, first_token: int, columns: int) -> None:
     """Checks that columns for the tokens from `first_token` on serve at least one depth of the trie."""
     first_token = at_least("first_token", first_token, 0)
     if not any(first_token <= low and high < first_token + columns for low, high in trie.token_ranges):
+        if not first_token:
+            trie_for(trie, trie.device, columns)
         raise ValueError(
             f"logits has columns for the tokens {first_token} .. {first_token + columns - 1}, needs those of "
             f"at least one depth's range of tokens: {trie.token_ranges}"

@@ -2,31 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from gflowgr.ops._checks import CatalogueTrie
+from gflowgr.ops._checks import CatalogueFilter, CatalogueTrie
 
 # Bits of a word of a bit set.
 _WORD = 32
-
-
-class FilteredItems(Protocol):
-    """What is read of an `ItemFilter`."""
-
-    @property
-    def num_rows(self) -> int: ...
-    @property
-    def num_items(self) -> int: ...
-    @property
-    def excluded_items(self) -> Tensor: ...
-    @property
-    def allowed_items(self) -> Tensor | None: ...
-    @property
-    def allowed_set(self) -> Tensor | None: ...
 
 
 class ItemRanks:
@@ -37,7 +20,7 @@ class ItemRanks:
         item_filter: what is available; everything without one.
     """
 
-    def __init__(self, trie: CatalogueTrie, item_filter: FilteredItems | None = None) -> None:
+    def __init__(self, trie: CatalogueTrie, item_filter: CatalogueFilter | None = None) -> None:
         self.trie = trie
         self._allowed: _Lists | None = None
         self._excluded: _Lists | None = None
@@ -75,12 +58,10 @@ class ItemRanks:
         ranks = positions if self._allowed is None else self._allowed.below(self._set, positions)
         return ranks if self._excluded is None else ranks - self._excluded.below(self._row, ranks)
 
-    def _exclude(self, item_filter: FilteredItems) -> None:
+    def _exclude(self, item_filter: CatalogueFilter) -> None:
         """Takes excluded items out of the ranks of those that are allowed."""
-        row, item = (
-            item_filter.excluded_items // item_filter.num_items,
-            item_filter.excluded_items % item_filter.num_items,
-        )
+        row = item_filter.excluded_items // item_filter.num_items
+        item = item_filter.excluded_items % item_filter.num_items
         there = self.trie.item_node[item] >= 0
         row, item = row[there], item[there]
         rank = _positions(self.trie, item)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from gflowgr import reference
-from gflowgr.ops import _checks
-from gflowgr.ops._registry import resolve_backend
+from gflowgr.ops import _checks, _filters
+from gflowgr.ops._registry import register, resolve_backend
 
 
 def trie_child_log_probs(
@@ -51,5 +54,53 @@ def trie_child_log_probs(
     _checks.columns_for(trie, first_token, logits.shape[-1])
     _checks.filter_for(item_filter, trie, logits, 2)
     width = trie.max_children if width is None else _checks.at_least("width", width, 1)
-    resolve_backend(backend, "trie_child_log_probs", logits.device)
-    return reference.trie_child_log_probs(logits, nodes, trie, first_token, width, item_filter)
+    backend = resolve_backend(backend, "trie_child_log_probs", logits.device)
+    if backend == "torch":
+        return reference.trie_child_log_probs(logits, nodes, trie, first_token, width, item_filter)
+    paths = _checks.as_paths(logits.unsqueeze(0) if logits.dim() == 1 else logits)
+    log_probs = _child_log_probs(
+        paths,
+        nodes.reshape(paths.shape[:-1]),
+        trie.first_child,
+        trie.token,
+        trie.max_children,
+        first_token,
+        width,
+        *_filters.arrays_of(item_filter),
+        backend,
+    )
+    return _checks.in_shape(log_probs, torch.Size((*nodes.shape, width)))
+
+
+def _fake(logits: Tensor, nodes: Tensor, *rest: Any) -> Tensor:
+    _, _, _, _, width, *_ = rest
+    return logits.new_empty((*nodes.shape, width), dtype=reference.accumulation_dtype(logits.dtype))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.max_children, ctx.first_token, ctx.width, offsets, hidden, allowed, sets, ctx.backend = (
+        inputs
+    )
+    ctx.save_for_backward(*tensors, offsets, hidden, allowed, sets)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    logits, nodes, first_child, token, *row_filter = ctx.saved_tensors
+    numbers = (ctx.max_children, ctx.first_token, ctx.width)
+    grad_logits = _child_log_probs_backward(
+        grad, logits, nodes, first_child, token, *numbers, *row_filter, ctx.backend
+    )
+    return grad_logits, *[None] * 11
+
+
+_ARGUMENTS = (
+    "Tensor logits, Tensor nodes, Tensor first_child, Tensor token, int max_children, int first_token, "
+    f"int width, {_filters.SCHEMA}, str backend"
+)
+_child_log_probs = register(
+    f"trie_child_log_probs({_ARGUMENTS}) -> Tensor", _fake, setup_context=_setup_context, backward=_backward
+)
+_child_log_probs_backward = register(
+    f"trie_child_log_probs_backward(Tensor grad, {_ARGUMENTS}) -> Tensor",
+    lambda grad, logits, *_: logits.new_empty(logits.shape),
+)
