@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 
 from gflowgr.attention_masks import additive, causal, positions_of
 from gflowgr.heads import head_logits, splits_off_its_head
-from gflowgr.static_cache import rewind, static_cache
+from gflowgr.static_cache import cross_attention_cache, rewind, static_cache
 
 ENCODER_DECODERS = ("t5", "mt5")
 
@@ -121,7 +121,7 @@ class _EncoderDecoderWriter(TreeWriter):
             input_ids=source, attention_mask=self._source_mask
         ).last_hidden_state
         self._written = static_cache(1 + capacity)
-        self._cache = EncoderDecoderCache(self._written, static_cache(source.shape[1]))
+        self._cache = EncoderDecoderCache(self._written, cross_attention_cache())
         batch, device = source.shape[0], source.device
         start = source.new_full((batch, 1), _start_token(transformer.config))
         self._mark = Mark(

@@ -40,18 +40,13 @@ class TrieLogitsProcessor(LogitsProcessor):
         if len(scores) % max(contexts, 1):
             raise ValueError(f"scores has {len(scores)} rows, needs as many for each of {contexts} contexts")
         nodes = F.pad(self.trie.walk(input_ids[:, self.prompt_length :]), (1, 0))[:, -1]
-        of_children = ops.trie_child_log_probs(
+        log_probs = ops.trie_log_softmax(
             scores.view(contexts, -1, scores.shape[-1]),
             nodes.view(contexts, -1),
             self.trie,
             item_filter=self.item_filter,
-        ).view(len(scores), -1)
-        _, tokens, exists = reference.children(nodes, self.trie)
-        # What is no child goes to a column beyond the vocabulary.
-        columns = torch.where(exists, tokens, scores.shape[-1])
-        log_probs = of_children.new_full((len(scores), scores.shape[-1] + 1), -torch.inf)
-        log_probs = log_probs.scatter_(1, columns, of_children)[:, :-1]
-        ended = of_children.isneginf().all(-1)
+        ).view(scores.shape)
+        ended = log_probs.isneginf().all(-1)
         log_probs[:, self.eos] = torch.where(ended, 0.0, log_probs[:, self.eos])
         return log_probs
 

@@ -65,6 +65,22 @@ class StaticLayer(CacheLayerMixin):
         self.length = 0
 
 
+class KeptLayer(StaticLayer):
+    """Keys and values that are made once, kept as they came."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        self.keys, self.values, self.length = key_states, value_states, key_states.shape[2]
+        self.is_initialized = True
+        return key_states, value_states
+
+
+def cross_attention_cache() -> Cache:
+    """A transformers cache of what an encoder's states are to each layer of a decoder."""
+    return Cache(layer_class_to_replicate=KeptLayer)
+
+
 def static_cache(capacity: int) -> Cache:
     """A transformers cache whose layers have room for `capacity` positions from the start."""
     return Cache(layer_class_to_replicate=partial(StaticLayer, capacity))
