@@ -57,8 +57,8 @@ class Contexts:
             self._history = self.recommender.checked("history", inputs)
             self.device, self._lengths = self._history.device, (self._history >= 0).sum(-1)
         else:
-            given = inputs if isinstance(inputs, Tensor) else inputs["input_ids"]
             self._tokens, self._real = read_inputs(transformer, inputs)
+            given = inputs if isinstance(inputs, Tensor) else inputs["input_ids"]
             self.device, self._lengths = given.device, self._real.sum(-1)
 
     def __len__(self) -> int:
@@ -113,8 +113,7 @@ class Contexts:
         sizes = [end - begin for begin, end in pairwise(offsets[1:-1])]
         capacity = sum(min(paths, size) for size in sizes[:_LEVELS_WITH_ROOM])
         if self.recommender is not None:
-            history = self._history[rows.to(self.device)].to(self.recommender.device)
-            inputs = self.recommender.inputs(history)
+            inputs = self.recommender.inputs(self._history[rows.to(self.device)])
         else:
             rows = rows.to(self._tokens.device)
             inputs = _trimmed(self._tokens[rows], self._real[rows])

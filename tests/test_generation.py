@@ -396,6 +396,8 @@ def test_no_contexts_give_no_results() -> None:
     assert score_all(model, nothing).shape == (0, 10)
     assert target_log_probs(model, nothing, torch.empty(0, dtype=torch.long)).shape == (0,)
     assert sample(model, nothing, 5).items.shape == (0, 5)
+    tokens = torch.empty(0, 7, dtype=torch.long)
+    assert generate(model.model, tokens, model.trie, num_items=3, exclude=[]).items.shape == (0, 3)
 
 
 def test_a_single_item_is_certain() -> None:
@@ -590,6 +592,19 @@ def test_our_processor_keeps_filters_in_transformers_generate(backbone: str) -> 
         )
 
 
+def test_the_processor_serves_groups_of_beams_as_it_serves_all() -> None:
+    semantic_ids = catalogue(20, 3, 4, distinct=True)
+    trie, tokens = semantic_ids.trie(), semantic_ids.tokens[:12, :2]
+    item_filter = ItemFilter(trie, exclude=[[0, 4], [], list(range(5, 15))])
+    processor = TrieLogitsProcessor(trie, 1, item_filter=item_filter)
+    written = torch.cat([torch.zeros(12, 1, dtype=torch.long), tokens], 1)
+    scores = torch.randn(12, semantic_ids.vocab_size, generator=torch.Generator().manual_seed(0))
+    everything = processor(written, scores).view(3, 4, -1)
+    for group in (slice(0, 2), slice(2, 4)):
+        rows = torch.arange(12).view(3, 4)[:, group].flatten()
+        assert torch.equal(processor(written[rows], scores[rows]).view(3, 2, -1), everything[:, group])
+
+
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_transformers_sampling_with_our_processor_follows_the_policy(backbone: str) -> None:
     semantic_ids = catalogue(6, 2, 4, distinct=True)
@@ -618,6 +633,7 @@ def test_what_does_not_belong_together_is_refused() -> None:
     inputs, trie = model.inputs(history), model.trie
     for arguments, options, kind, why in (
         ((model.model, inputs), {}, ValueError, "trie is None"),
+        ((model.model, {}, trie), {}, ValueError, "needs input_ids"),
         ((model.model, inputs, semantic_ids), {}, TypeError, "trie is a SemanticIds"),
         ((model.model, inputs, SemanticIds([[50]]).trie()), {}, ValueError, "trie has the token 53"),
         ((model.model, inputs, trie), {"exclude_history": True}, ValueError, "exclude_history needs"),
