@@ -45,14 +45,18 @@ class Selection {
  public:
   template <class Keep>
   SomeChildren of(const Children& kids, const Keep& keep) {
-    tokens_.clear();
-    nodes_.clear();
-    for (std::int64_t child = 0; child < kids.count; ++child) {
-      if (!keep(child)) continue;
-      tokens_.push_back(static_cast<std::int32_t>(kids.tokens[child]));
-      nodes_.push_back(static_cast<std::int32_t>(kids.first + child));
+    if (static_cast<std::int64_t>(nodes_.size()) < kids.count) {
+      tokens_.resize(kids.count);
+      nodes_.resize(kids.count);
     }
-    return {tokens_.data(), nodes_.data(), kids.first, static_cast<std::int64_t>(nodes_.size())};
+    std::int64_t count = 0;
+    for (std::int64_t child = 0; child < kids.count; ++child) {
+      // Written either way: whether to keep a child is hard to predict.
+      tokens_[count] = static_cast<std::int32_t>(kids.tokens[child]);
+      nodes_[count] = static_cast<std::int32_t>(kids.first + child);
+      count += keep(child);
+    }
+    return {tokens_.data(), nodes_.data(), kids.first, count};
   }
 
  private:

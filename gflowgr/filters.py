@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gflowgr.item_sets import item_sets, rows_of_items
+from gflowgr.item_sets import WORD, Request, find_hidden, request
 from gflowgr.ops._checks import CatalogueTrie, trie_for
 
 try:
     from gflowgr import _core
 except ImportError:
     _core = None  # type: ignore[assignment]
-
-# Bits of a word of a bit set.
-WORD = 32
 
 
 class ItemFilter:
@@ -64,67 +60,31 @@ class ItemFilter:
     ) -> None:
         device = getattr(trie, "device", torch.device("cpu"))
         trie_for(trie, device)
-        counts: dict[str, int] = {} if rows is None else {"rows": _count(rows)}
-        excluded_row = excluded_item = torch.zeros(0, dtype=torch.int64, device=device)
-        if exclude is not None:
-            excluded_row, excluded_item, counts["exclude"] = rows_of_items(
-                "exclude", exclude, trie.num_items, device
-            )
-        sets, set_of_row = (
-            (None, None) if allow is None else item_sets("allow", allow, trie.num_items, device)
-        )
-        if set_of_row is not None:
-            counts["allow"] = set_of_row.numel()
-        num_rows = _agreed(counts)
+        asked = request(exclude, allow, rows, trie.num_items)
         self.num_items, self.num_nodes = trie.num_items, trie.num_nodes
         self._item_node = trie.item_node
-        self._excluded = (excluded_row * self.num_items + excluded_item).unique()
+        self._excluded = torch.from_numpy(asked.excluded).to(device)
         self.allowed = self._allowed_items = self.allowed_set = None
-        if sets is not None:
-            shared = torch.zeros(num_rows, dtype=torch.int64, device=device)
-            self.allowed_set = shared if set_of_row is None else set_of_row
-        if _core is not None and device.type == "cpu":
-            self._find_hidden_in_core(trie, sets, num_rows)
-        else:
-            self._find_hidden(trie, sets, num_rows)
+        if asked.set_of_row is not None:
+            self.allowed_set = torch.from_numpy(asked.set_of_row).to(device)
+        if _core is None or device.type != "cpu":
+            self._find_hidden(trie, asked)
+            return
+        found = find_hidden(_core, *_addresses(trie), asked, torch.get_num_threads())
+        self.hidden_offsets = torch.from_numpy(found.hidden_offsets)
+        self.hidden_nodes = torch.from_numpy(found.hidden_nodes)
+        if found.allowed is not None and found.allowed_items is not None:
+            self.allowed = torch.from_numpy(found.allowed)
+            self._allowed_items = torch.from_numpy(found.allowed_items)
 
-    def _find_hidden_in_core(self, trie: CatalogueTrie, sets: list[Tensor] | None, num_rows: int) -> None:
-        arrays = (trie.first_child.data_ptr(), trie.token.data_ptr(), trie.num_nodes)
-        items = (trie.first_item, trie.item_count, trie.item_order, trie.item_node)
-        ending = (*(each.data_ptr() for each in items), trie.num_items)
-        set_of_row: list[tuple[int, int]] = []
-        if sets is not None:
-            self._allowed_items = _no_bits(len(sets), self.num_items, trie.device)
-            self.allowed = _no_bits(len(sets), self.num_nodes, trie.device)
-            bits = [
-                (items.data_ptr(), nodes.data_ptr())
-                for items, nodes in zip(self._allowed_items, self.allowed, strict=True)
-            ]
-            for members, (item_bits, node_bits) in zip(sets, bits, strict=True):
-                _core.allow(arrays, ending, members.data_ptr(), members.numel(), item_bits, node_bits)
-            set_of_row = [bits[number] for number in self._set_of(torch.arange(num_rows)).tolist()]
-        bounds = torch.arange(num_rows + 1) * self.num_items
-        offsets = torch.searchsorted(self._excluded, bounds)
-        threads = torch.get_num_threads()
-        found = _core.hidden_nodes(
-            *(
-                arrays,
-                ending,
-                offsets.data_ptr(),
-                self._excluded.data_ptr(),
-                num_rows,
-                set_of_row,
-                threads,
-            )
-        )
-        self.hidden_offsets, self.hidden_nodes = (torch.from_numpy(array) for array in found)
-
-    def _find_hidden(self, trie: CatalogueTrie, sets: list[Tensor] | None, num_rows: int) -> None:
-        """What the C++ core does for a trie on the CPU: by counting, which finds the same from any device."""
+    def _find_hidden(self, trie: CatalogueTrie, asked: Request) -> None:
+        """What the C++ core does for a trie on the CPU: by counting, which finds the same on any device."""
         row, item = self._excluded // self.num_items, self._excluded % self.num_items
         node = trie.item_node[item].long()
         kept = node >= 0
-        if sets is not None:
+        sets: list[Tensor] | None = None
+        if asked.sets is not None:
+            sets = [torch.from_numpy(each).to(trie.device) for each in asked.sets]
             self._allowed_items = _bits(sets, self.num_items, trie.device)
             kept &= _bit(self._allowed_items, self._set_of(row), item)
         excluded, left_out = _counts(row[kept], node[kept], trie)
@@ -141,7 +101,7 @@ class ItemFilter:
                 total[mine] = count[torch.searchsorted(reached, node[mine])]
             self.allowed = _bits(nodes, self.num_nodes, trie.device)
         hidden = left_out == total
-        bounds = torch.arange(num_rows + 1, device=trie.device)
+        bounds = torch.arange(asked.rows + 1, device=trie.device)
         self.hidden_offsets = torch.searchsorted(row[hidden], bounds)
         self.hidden_nodes = node[hidden].to(torch.int32)
 
@@ -230,23 +190,11 @@ class ItemFilter:
         return other
 
 
-def _count(rows: int) -> int:
-    try:
-        count = operator.index(rows)
-    except TypeError as error:
-        raise TypeError(f"rows is {rows!r}, needs an integer") from error
-    if count < 0:
-        raise ValueError(f"rows is {count}, needs at least 0")
-    return count
-
-
-def _agreed(counts: dict[str, int]) -> int:
-    if not counts:
-        raise ValueError("rows is None, needs the number of rows, which neither exclude nor allow tells")
-    if len(set(counts.values())) > 1:
-        found = ", ".join(f"{name} has {count} rows" for name, count in counts.items())
-        raise ValueError(f"{found}; needs the same number")
-    return next(iter(counts.values()))
+def _addresses(trie: CatalogueTrie) -> tuple[tuple[int, int, int], tuple[int, ...]]:
+    """A trie and its items as the C++ core takes them."""
+    items = (trie.first_item, trie.item_count, trie.item_order, trie.item_node)
+    arrays = (trie.first_child.data_ptr(), trie.token.data_ptr(), trie.num_nodes)
+    return arrays, (*(each.data_ptr() for each in items), trie.num_items)
 
 
 def _ancestors(row: Tensor, node: Tensor, trie: CatalogueTrie) -> Iterator[tuple[Tensor, Tensor]]:
@@ -267,7 +215,7 @@ def _counts(row: Tensor, end: Tensor, trie: CatalogueTrie) -> tuple[Tensor, Tens
 
 def _bits(sets: list[Tensor], size: int, device: torch.device) -> Tensor:
     """The bit sets, int32 (G, ceil(size / 32)), of members of 0 .. size - 1."""
-    words = _no_bits(len(sets), size, device)
+    words = torch.zeros(len(sets), -(-size // WORD), dtype=torch.int32, device=device)
     places = torch.arange(WORD, device=device)
     for word, members in zip(words, sets, strict=True):
         flags = torch.zeros(word.numel() * WORD, dtype=torch.int64, device=device)
@@ -276,10 +224,6 @@ def _bits(sets: list[Tensor], size: int, device: torch.device) -> Tensor:
         # The highest bit is an int32's sign.
         word.copy_(torch.where(value >= 2**31, value - 2**32, value))
     return words
-
-
-def _no_bits(sets: int, size: int, device: torch.device) -> Tensor:
-    return torch.zeros(sets, -(-size // WORD), dtype=torch.int32, device=device)
 
 
 def _bit(words: Tensor, index: Tensor, member: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from gflowgr.filters import ItemFilter
 from gflowgr.ops import _checks as checks
 from gflowgr.ops._item_ranks import ItemRanks
 from gflowgr.ops._random import gumbel, uniform
-from gflowgr.ops.behaviour import Behaviour, draw_children, proposal_log_probs
+from gflowgr.ops.behaviour import Behaviour, cumulative_mass, passed, proposal_log_probs
 from gflowgr.reference import accumulation_dtype, child_range
 from gflowgr.trie import PrefixTrie
 
@@ -170,8 +170,10 @@ def draw(
     while paths.num_paths:
         policy = paths.log_probs()
         proposal = proposal_log_probs(policy, behaviour, paths.items_below(behaviour))
-        of_draw = path.unsqueeze(-1).expand(-1, -1, paths.width)
-        child = draw_children(proposal.gather(1, of_draw), uniform(seeds, paths.depth, number))
+        cumulative = cumulative_mass(proposal)
+        if paths.num_paths > 1:
+            cumulative = cumulative.gather(1, path.unsqueeze(-1).expand(-1, -1, paths.width))
+        child = passed(cumulative, uniform(seeds, paths.depth, number))
         chosen = path * paths.width + child
         parents, reached = paths.children(chosen)
         step = proposal.flatten(1).gather(1, chosen)

@@ -45,9 +45,10 @@ class Filtered:
         return trie.to(device)
 
     def filter(self, trie: PrefixTrie) -> ItemFilter:
-        return ItemFilter(trie, self._given_exclude(), self._given_allow(), rows=self.contexts)
+        return ItemFilter(trie, self.given_exclude(), self.given_allow(), rows=self.contexts)
 
-    def _given_exclude(self) -> Any:
+    def given_exclude(self) -> Any:
+        """In the form in which a caller may give it."""
         if self.exclude is None or self.form == "lists":
             return self.exclude
         width = max(map(len, self.exclude), default=0)
@@ -55,7 +56,7 @@ class Filtered:
         given = torch.tensor(padded, dtype=torch.int64).view(self.contexts, width)
         return given.numpy() if self.form == "array" else given
 
-    def _given_allow(self) -> Any:
+    def given_allow(self) -> Any:
         if not self.sets:
             return None
         sets: list[Any] = self.sets

@@ -205,6 +205,21 @@ def test_knobs_that_cut_nothing_off_draw_as_the_fused_kernel_does() -> None:
             torch.testing.assert_close(one, other)
 
 
+def test_the_chance_of_a_step_is_found_as_documented() -> None:
+    generator = torch.Generator().manual_seed(4)
+    nodes = torch.zeros(4000, dtype=torch.int64)
+    logits = torch.randn(4, generator=generator).expand(4000, -1)
+    behaviour = Behaviour(temperature=0.7, top_k=2, epsilon=0.2)
+    _, reached, _ = ops.trie_sample(
+        logits, nodes, TRIE, temperature=0.7, top_k=2, epsilon=0.2, seeds=torch.arange(4000)
+    )
+    proposal = proposal_log_probs(ops.trie_child_log_probs(logits, nodes, TRIE), behaviour)
+    chance = proposal.gather(1, (reached - TRIE.first_child[nodes]).unsqueeze(1)).exp().squeeze(1)
+    # Each of the 4 children counts 1 / q as often as it is drawn.
+    often = (1 / chance).sum() / 4000
+    assert abs(float(often) - 4) < 4 * float((1 / chance).std()) / math.sqrt(4000)
+
+
 def test_gradients_are_those_of_the_policy_whatever_draws() -> None:
     logits = torch.randn(3, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     leaves = [logits.clone().requires_grad_() for _ in range(2)]

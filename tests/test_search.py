@@ -16,7 +16,7 @@ from scipy import stats
 from search_cases import Oracle, TableWriter
 from torch import Tensor
 
-from gflowgr import PrefixTrie
+from gflowgr import ItemFilter, PrefixTrie
 from gflowgr.ops.behaviour import Behaviour
 from gflowgr.search import Generated, beam_search, draw, draw_without_replacement
 
@@ -320,6 +320,22 @@ def test_draws_with_the_same_prefix_share_a_path() -> None:
     writer = TableWriter(trie, torch.zeros(3, trie.num_nodes, 2))
     draw(writer, trie, num_samples=100, seeds=torch.arange(3))
     assert writer.asked == [2, 4]
+
+
+def test_many_items_of_the_same_tokens_are_told_apart() -> None:
+    trie = PrefixTrie(torch.tensor([[3, 1]] * 3000 + [[0, 2]]))
+    table = torch.zeros(2, trie.num_nodes, 4)
+    item_filter = ItemFilter(trie, exclude=[[0, 2], [3000]])
+    found = beam_search(TableWriter(trie, table), trie, num_items=4, item_filter=item_filter)
+    assert found.items[1].tolist() == [0, 1, 2, 3]
+    assert set(found.items[0].tolist()) <= {3000, 1, 3, 4, 5}
+    for search in SEARCHES.values():
+        drawn = search(
+            TableWriter(trie, table), trie, num_samples=500, item_filter=item_filter, seeds=torch.arange(2)
+        )
+        hidden = item_filter.hides(drawn.items)
+        assert not bool(hidden.any()) and drawn.items[0].unique().numel() > 100
+    assert all(row.unique().numel() == 500 for row in drawn.items)
 
 
 def test_no_contexts_give_no_results() -> None:

@@ -62,20 +62,20 @@ class ItemRanks:
         """Takes excluded items out of the ranks of those that are allowed."""
         row = item_filter.excluded_items // item_filter.num_items
         item = item_filter.excluded_items % item_filter.num_items
-        there = self.trie.item_node[item] >= 0
-        row, item = row[there], item[there]
+        counts = self.trie.item_node[item] >= 0
         rank = _positions(self.trie, item)
         if self._allowed is not None:
             which, position = self._set[row], rank.unsqueeze(1)
             rank = self._allowed.below(which, position).squeeze(1)
-            allowed = self._allowed.below(which, position + 1).squeeze(1) > rank
-            row, rank = row[allowed], rank[allowed]
-        span = self.trie.item_order.numel() + 2
-        self._excluded = _Lists((row * span + rank).sort().values, len(self._row), span)
+            counts &= self._allowed.below(which, position + 1).squeeze(1) > rank
+        # What counts for no row goes to a list past the last one: to drop it would wait for the device.
+        rows, span = len(self._row), self.trie.item_order.numel() + 2
+        row = torch.where(counts, row, rows)
+        self._excluded = _Lists((row * span + rank).sort().values, rows, span)
         # The available item of rank r comes after every excluded one with at most r available ones before it.
         row, rank = self._excluded.keys // span, self._excluded.keys % span
-        number = torch.arange(row.numel(), device=row.device) - self._excluded.offsets[row]
-        self._skipped = _Lists(row * span + rank - number, len(self._row), span)
+        available = rank - torch.arange(row.numel(), device=row.device) + self._excluded.offsets[row]
+        self._skipped = _Lists(row * span + torch.where(row < rows, available, 0), rows, span)
 
 
 class _Lists:

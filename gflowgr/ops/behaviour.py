@@ -100,14 +100,22 @@ def draw_children(proposal: Tensor, uniform: Tensor) -> Tensor:
 
     The first child where none has mass, as under logits that are NaN, and 0 where there is no child.
     """
+    return passed(cumulative_mass(proposal), uniform)
+
+
+def cumulative_mass(proposal: Tensor) -> Tensor:
+    """The CDF of `proposal` (..., C) at each child that can be drawn, -inf at the others."""
     mass = proposal.exp().nan_to_num(0.0)
-    cumulative = mass.cumsum(-1)
-    reached = (cumulative > uniform.unsqueeze(-1) * cumulative[..., -1:]) & (mass > 0)
-    # Rounding can leave the target above the sum.
-    places = torch.arange(mass.shape[-1], device=mass.device)
-    first = (proposal != -torch.inf).int().argmax(-1, keepdim=True)
-    last_possible = torch.where(mass > 0, places, first).amax(-1)
-    return torch.where(reached.any(-1), reached.int().argmax(-1), last_possible)
+    possible = mass > 0
+    massless = ~possible.any(-1, keepdim=True) & (proposal != -torch.inf)
+    # Not by the steps of the CDF: a parallel sum may take one where there is no mass.
+    return torch.where(possible, mass.cumsum(-1), torch.where(massless, 1.0, -torch.inf))
+
+
+def passed(cumulative: Tensor, uniform: Tensor) -> Tensor:
+    """The first child at which the CDF of `cumulative_mass` (..., C) exceeds `uniform` (...) of its end."""
+    target = uniform.unsqueeze(-1) * cumulative.amax(-1, keepdim=True)
+    return (cumulative > target).int().argmax(-1)
 
 
 def _kept(proposal: Tensor, behaviour: Behaviour) -> Tensor:
