@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -14,7 +13,7 @@ from tqdm.auto import tqdm
 from gflowgr.backbones import GenerativeRecommender
 from gflowgr.decoding import TreeWriter, read_inputs, transformer_of, tree_writer
 from gflowgr.filters import ItemFilter
-from gflowgr.item_sets import rows_of_items
+from gflowgr.item_sets import request
 from gflowgr.trie import PrefixTrie
 
 # Deeper levels seldom leave a choice, so the model is seldom asked there; the cache grows where it is.
@@ -75,14 +74,10 @@ class Contexts:
         return ItemFilter(self.trie, exclude=exclude, allow=allow, rows=len(self))
 
     def _with_history(self, exclude: Any) -> list[list[int]]:
-        if isinstance(exclude, np.ndarray):
-            exclude = torch.from_numpy(exclude)
-        row, item, count = rows_of_items("exclude", exclude, self.trie.num_items, self.trie.device)
-        if count != len(self):
-            raise ValueError(f"exclude has {count} rows, needs {len(self)}, one for each context")
-        known = [[item for item in row if item >= 0] for row in self._history.tolist()]
-        for number, other in zip(row.tolist(), item.tolist(), strict=True):
-            known[number].append(other)
+        asked = request(exclude, None, len(self), self.trie.num_items)
+        known: list[list[int]] = self._history.tolist()
+        for entry in asked.excluded.tolist():
+            known[entry // self.trie.num_items].append(entry % self.trie.num_items)
         return known
 
     def seeds(self, seeds: Any, generator: torch.Generator | None) -> Tensor:

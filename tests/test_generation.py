@@ -642,8 +642,8 @@ def test_what_does_not_belong_together_is_refused() -> None:
         ((model, history), {"seeds": torch.arange(3)}, ValueError, "draws nothing"),
         ((model, history), {"method": "sample", "num_beams": 20}, ValueError, "needs method='beam'"),
         ((model, history), {"method": "sample", "seeds": torch.arange(2)}, ValueError, r"integers \(3,\)"),
-        ((model, history), {"exclude": [[1]]}, ValueError, "exclude has 1 rows"),
-        ((model, history), {"exclude": [[1]], "exclude_history": True}, ValueError, "exclude has 1 rows"),
+        ((model, history), {"exclude": [[1]]}, ValueError, "exclude has 1 row"),
+        ((model, history), {"exclude": [[1]], "exclude_history": True}, ValueError, "exclude has 1 row"),
         ((torch.nn.Linear(1, 1), inputs, trie), {}, TypeError, "model is a Linear"),
     ):
         with pytest.raises(kind, match=why):
