@@ -270,6 +270,10 @@ def transformer_of(model: Any) -> PreTrainedModel:
     other = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if other:
         raise ValueError(f"model has layers of {sorted(other)[0]}, needs attention to all positions")
+    attention = getattr(config, "_attn_implementation", None)
+    if attention not in (None, "eager", "sdpa"):
+        # Others take no mask of who sees whom, and paths side by side would see each other.
+        raise ValueError(f"model has attn_implementation {attention!r}, needs 'sdpa' or 'eager'")
     if transformer.get_output_embeddings() is None:
         raise ValueError(f"model is a {type(transformer).__name__}, needs one with a language modelling head")
     return transformer

@@ -304,6 +304,14 @@ def test_what_cannot_write_is_refused() -> None:
     )
     with pytest.raises(ValueError, match="model is a bart"):
         tree_writer(bart.eval(), inputs, RANGES)
+    for name, value, why in (
+        ("_attn_implementation", "flash_attention_2", "attn_implementation 'flash_attention_2'"),
+        ("layer_types", ["full_attention", "linear_attention"], "layers of linear_attention"),
+    ):
+        other = build("qwen3")
+        setattr(other.config, name, value)
+        with pytest.raises(ValueError, match=why):
+            tree_writer(other, inputs, RANGES)
     writer = tree_writer(llama, inputs, RANGES)
     for number in range(3):
         step(writer, number, 3)
