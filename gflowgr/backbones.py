@@ -7,7 +7,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,14 +16,14 @@ import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput
+from transformers import PreTrainedModel
 
+from gflowgr.attention_masks import additive, causal, positions_of
+from gflowgr.decoding import transformer_of
 from gflowgr.semantic_ids import BOS, EOS, PAD, SemanticIds
 from gflowgr.trie import PrefixTrie
 
 DECODER_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-_ENCODER_DECODERS = ("t5", "mt5")
 _FORMAT = "gflowgr.GenerativeRecommender/1"
 _DESCRIPTION, _IDS, _BASE = "gflowgr.json", "semantic_ids.safetensors", "base"
 
@@ -42,29 +41,6 @@ class Policy(NamedTuple):
     logits: Tensor
     context: Tensor
     hidden: Tensor
-
-
-@dataclass
-class Context:
-    """A history that the model has read, and the tokens it has written since, as a tree of cached states.
-
-    Attributes:
-        state: (B, D).
-        logits: (B, V), of the first token.
-        visible: bool (B, n, T), the cached positions that a path's next token may attend to.
-        depths: (T,), tokens on the path up to each cached position; -1 for the prompt.
-        cache: keys and values, (B, heads, T, d) a layer: one copy of the history for all paths.
-        num_prompt_tokens: (B,).
-        encoder: states and mask, for encoder-decoders.
-    """
-
-    state: Tensor
-    logits: Tensor
-    visible: Tensor
-    depths: Tensor
-    cache: DynamicCache | EncoderDecoderCache
-    num_prompt_tokens: Tensor
-    encoder: tuple[Tensor, Tensor] | None = None
 
 
 class GenerativeRecommender(nn.Module):
@@ -111,21 +87,14 @@ class GenerativeRecommender(nn.Module):
             _add_dropout(self.transformer, dropout)
 
     def _check(self) -> None:
-        if not hasattr(self.model, "get_base_model") and not isinstance(self.model, PreTrainedModel):
-            raise TypeError(f"model is a {type(self.model).__name__}, needs a transformers or PEFT model")
+        transformer_of(self.model)
         if not isinstance(self.semantic_ids, SemanticIds):
             raise TypeError(f"semantic_ids is a {type(self.semantic_ids).__name__}, needs SemanticIds")
         if self.history_length < 1:
             raise ValueError(f"history_length is {self.history_length}, needs at least 1")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}, needs a number from 0 to below 1")
-        if hasattr(self.model, "peft_config") and self.model.active_peft_config.peft_type != "LORA":
-            raise ValueError(
-                f"model is adapted by {self.model.active_peft_config.peft_type}, needs LORA or none"
-            )
         config = self.config
-        if config.is_encoder_decoder and config.model_type not in _ENCODER_DECODERS:
-            raise ValueError(f"model is a {config.model_type}, needs one of {_ENCODER_DECODERS} or a decoder")
         if config.vocab_size < self.semantic_ids.vocab_size:
             raise ValueError(
                 f"model has a vocabulary of {config.vocab_size} tokens, "
@@ -243,7 +212,7 @@ class GenerativeRecommender(nn.Module):
             input_ids=source,
             attention_mask=mask,
             decoder_input_ids=inputs.flatten(1),
-            decoder_attention_mask=self._additive(visible),
+            decoder_attention_mask=additive(visible, self.transformer.dtype),
             output_hidden_states=True,
             use_cache=False,
         )
@@ -259,9 +228,9 @@ class GenerativeRecommender(nn.Module):
         written_tokens = tokens[..., :-1].flatten(1)
         inputs = torch.cat([prompt, written_tokens.masked_fill(written_tokens < 0, self._pad)], 1)
         steps = torch.arange(length - 1, device=tokens.device).repeat(trajectories)
-        positions = torch.cat([_positions(real), real.sum(1, keepdim=True) + steps], 1)
+        positions = torch.cat([positions_of(real), real.sum(1, keepdim=True) + steps], 1)
         visible = torch.zeros(batch, width + written, width + written, dtype=torch.bool, device=tokens.device)
-        visible[:, :width, :width] = _causal(real)
+        visible[:, :width, :width] = causal(real)
         visible[:, width:, :width] = real.unsqueeze(1)
         visible[:, width:, width:] = _apart(trajectories, length - 1, tokens.device)
         # Every trajectory's first token is predicted at the prompt's end, so that position is kept K times.
@@ -269,7 +238,7 @@ class GenerativeRecommender(nn.Module):
         kept = F.pad(own, (1, 0), value=width - 1).flatten()
         output = self.transformer(
             input_ids=inputs,
-            attention_mask=self._additive(visible),
+            attention_mask=additive(visible, self.transformer.dtype),
             position_ids=positions,
             logits_to_keep=kept,
             output_hidden_states=True,
@@ -309,123 +278,6 @@ class GenerativeRecommender(nn.Module):
         hidden = states.view(shape)
         return Policy(logits.view(shape), hidden[:, :, 0], hidden)
 
-    def encode(self, history: Tensor) -> Context:
-        """Reads histories (B, H) and is then ready to write; the start of every kind of generation.
-
-        Raises:
-            RuntimeError: in training mode, where gradient checkpointing would drop the cache.
-        """
-        if self.training:
-            raise RuntimeError("encode needs the model in eval mode, it is training")
-        history = self.checked("history", history)
-        ones = torch.ones(history.shape[0], 1, 1, dtype=torch.bool, device=history.device)
-        if self.is_encoder_decoder:
-            source, mask = self._source(history)
-            output = self.transformer(
-                input_ids=source,
-                attention_mask=mask,
-                decoder_input_ids=source.new_full((source.shape[0], 1), self._start),
-                past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()),
-                use_cache=True,
-            )
-            states = output.encoder_last_hidden_state
-            return Context(
-                state=_mean(states, mask),
-                logits=output.logits[:, -1],
-                visible=ones,
-                depths=torch.zeros(1, dtype=torch.long, device=history.device),
-                cache=output.past_key_values,
-                num_prompt_tokens=mask.sum(1),
-                encoder=(states, mask),
-            )
-        prompt, real = self._prompt(history)
-        output = self.transformer(
-            input_ids=prompt,
-            attention_mask=self._additive(_causal(real)),
-            position_ids=_positions(real),
-            past_key_values=DynamicCache(),
-            logits_to_keep=1,
-            output_hidden_states=True,
-            use_cache=True,
-        )
-        return Context(
-            state=output.hidden_states[-1][:, -1],
-            logits=output.logits[:, -1],
-            visible=real.unsqueeze(1),
-            depths=torch.full((prompt.shape[1],), -1, device=history.device),
-            cache=output.past_key_values,
-            num_prompt_tokens=real.sum(1),
-        )
-
-    def extend(
-        self, context: Context, tokens: Tensor, parents: Tensor | None = None
-    ) -> tuple[Tensor, Context]:
-        """Writes one more token on n paths of each context.
-
-        The paths form a tree in the cache, where a token attends to its own ancestors: nothing is copied or
-        reordered, and the history's keys and values exist once. `context` is used up: go on from the one
-        returned.
-
-        Args:
-            tokens: (B, n) integers.
-            parents: (B, n), which path of the step before each token continues; by default the first.
-
-        Returns:
-            logits (B, n, V) of the tokens to follow, and the context after the step.
-        """
-        if self.training:
-            raise RuntimeError("extend needs the model in eval mode, it is training")
-        batch, paths = tokens.shape
-        parents = torch.zeros_like(tokens) if parents is None else parents
-        own = torch.eye(paths, dtype=torch.bool, device=tokens.device).expand(batch, -1, -1)
-        ancestors = context.visible.gather(1, parents.unsqueeze(-1).expand(-1, -1, context.visible.shape[-1]))
-        visible = torch.cat([ancestors, own], -1)
-        depth = context.depths[-1] + 1
-        depths = torch.cat([context.depths, depth.expand(paths)])
-        mask = self._additive(visible)
-        if context.encoder is not None:
-            states, source_mask = context.encoder
-            output = self.transformer(
-                encoder_outputs=BaseModelOutput(last_hidden_state=states),
-                attention_mask=source_mask,
-                decoder_input_ids=tokens,
-                decoder_attention_mask=mask + self._position_bias_of_tree(depths, paths),
-                past_key_values=context.cache,
-                use_cache=True,
-            )
-        else:
-            output = self.transformer(
-                input_ids=tokens,
-                attention_mask=mask,
-                position_ids=(context.num_prompt_tokens + depth).unsqueeze(1).expand(-1, paths),
-                past_key_values=context.cache,
-                use_cache=True,
-            )
-        after = Context(
-            state=context.state,
-            logits=context.logits,
-            visible=visible,
-            depths=depths,
-            cache=output.past_key_values,
-            num_prompt_tokens=context.num_prompt_tokens,
-            encoder=context.encoder,
-        )
-        return output.logits, after
-
-    def _position_bias_of_tree(self, depths: Tensor, paths: int) -> Tensor:
-        """What to add to T5's position bias, which counts cached positions, to make it count depths.
-
-        (1, heads, paths, T) for queries that are the last `paths` of the positions.
-        """
-        attention = self.transformer.get_decoder().block[0].layer[0].SelfAttention
-        size = depths.numel()
-        # A decoder's bias depends on the way back to a key alone, so one column of it has them all.
-        by_distance = attention.compute_bias(size, 1)[0, :, :, 0]
-        places = torch.arange(size, device=depths.device)
-        counted = (places[-paths:].unsqueeze(1) - places).clamp(min=0)
-        meant = (depths[-paths:].unsqueeze(1) - depths).clamp(min=0)
-        return (by_distance[:, meant] - by_distance[:, counted]).unsqueeze(0)
-
     def inputs(self, history: Tensor) -> dict[str, Tensor]:
         """What a context is to the transformers model: `input_ids` and `attention_mask`, each (B, S)."""
         history = self.checked("history", history)
@@ -455,12 +307,6 @@ class GenerativeRecommender(nn.Module):
         tokens = tokens[:, :longest]
         real = tokens >= 0
         return tokens.masked_fill(~real, self._pad), real
-
-    def _additive(self, visible: Tensor) -> Tensor:
-        """A boolean mask (B, queries, keys) as what attention adds to its scores: (B, 1, queries, keys)."""
-        dtype = self.transformer.dtype
-        mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-        return mask.masked_fill_(~visible, torch.finfo(dtype).min).unsqueeze(1)
 
     def checked(self, name: str, items: Any) -> Tensor:
         """`items` (B, n) as int64; TypeError or ValueError unless they are items of the catalogue or -1."""
@@ -762,19 +608,6 @@ def _special_token(config: Any, name: str, otherwise: int) -> int:
 def _compact(tokens: Tensor) -> Tensor:
     """Each row's tokens at its front in their order, then its -1s."""
     return tokens.gather(1, (tokens < 0).long().argsort(dim=1, stable=True))
-
-
-def _positions(real: Tensor) -> Tensor:
-    """Positions of a left-padded prompt's tokens."""
-    return (real.cumsum(1) - 1).clamp(min=0)
-
-
-def _causal(real: Tensor) -> Tensor:
-    """Who sees whom (B, P, P) in a padded prompt; padding sees itself, as no row may see nothing."""
-    width = real.shape[1]
-    lower = torch.ones(width, width, dtype=torch.bool, device=real.device).tril()
-    itself = torch.eye(width, dtype=torch.bool, device=real.device)
-    return (lower & real.unsqueeze(1)) | itself
 
 
 def _apart(trajectories: int, length: int, device: torch.device) -> Tensor:

@@ -331,7 +331,8 @@ def _print_metrics(metrics: Metrics) -> None:
         shown = "" if interval is None else f"{interval[0]:.4f} .. {interval[1]:.4f}"
         rows.append([name, "" if value is None else f"{value:.4f}", shown])
     _print_table(rows)
-    print(f"{metrics.num_users:,} users, {metrics.num_items:,} items")
+    speed = f", {metrics.num_users / metrics.seconds:,.0f} users a second" if metrics.seconds else ""
+    print(f"{metrics.num_users:,} users, {metrics.num_items:,} items{speed}")
 
 
 def _add_recommend(commands: Any) -> None:
@@ -350,6 +351,9 @@ def _add_recommend(commands: Any) -> None:
     parser.add_argument("--count", type=int, default=10, help="how many to recommend (%(default)s)")
     parser.add_argument("--beams", type=int, help="width of the search (at least --count)")
     parser.add_argument("--repeat", action="store_true", help="allow items that the user had")
+    parser.add_argument(
+        "--exclude", nargs="+", default=[], metavar="item", help="ids or titles of what not to recommend"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -363,6 +367,7 @@ def _recommend(arguments: argparse.Namespace) -> None:
         num_items=arguments.count,
         num_beams=arguments.beams,
         exclude_history=not arguments.repeat,
+        exclude=arguments.exclude,
     )
     if arguments.json:
         rows = [vars(row) for row in recommended]

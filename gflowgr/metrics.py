@@ -25,12 +25,14 @@ class Metrics:
         per_user: float64 (num_users,) for each of "recall@k", "ndcg@k", "diversity@k" and "nll"; NaN where a
             metric is not defined for a user.
         overall: one number over all users for each of "coverage@k" and "gini@k".
+        seconds: that making the lists took; None where nobody measured it.
     """
 
     num_users: int
     num_items: int
     per_user: dict[str, Tensor]
     overall: dict[str, float]
+    seconds: float | None = None
 
     def summary(self) -> dict[str, float]:
         """Every metric as one number, those of users as their mean over the users it is defined for."""

@@ -510,6 +510,7 @@ def recommend(
     num_items: int = 10,
     num_beams: int | None = None,
     exclude_history: bool = True,
+    exclude: Sequence[Any] = (),
 ) -> tuple[list[str], list[Recommendation]]:
     """What a run's model recommends to someone who had these items.
 
@@ -519,6 +520,7 @@ def recommend(
         num_items: how many to recommend.
         num_beams: width of the search, by default that of `gflowgr.generation.generate`.
         exclude_history: whether to leave the history's own items out.
+        exclude: what else to leave out; ids or titles, as in `history`. Probabilities are over the rest.
 
     Returns:
         The titles that `history` was understood as, and the recommendations, best first.
@@ -541,6 +543,7 @@ def recommend(
         torch.tensor([found]),
         num_items=num_items,
         num_beams=num_beams,
+        exclude=[items.find(exclude)] if exclude else None,
         exclude_history=exclude_history,
     )
     recommendations = [

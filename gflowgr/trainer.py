@@ -8,7 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -329,6 +329,7 @@ class GFlowGRTrainer(Trainer):
         """Ranks the whole catalogue for each example and measures the lists."""
         recommender, args = self.policy.recommender, self.args
         assert isinstance(args, GFlowGRConfig)
+        began = time.perf_counter()
         generated = generation.generate(
             recommender,
             dataset.history,
@@ -337,7 +338,7 @@ class GFlowGRTrainer(Trainer):
             exclude_history=args.exclude_history,
             batch_size=args.per_device_eval_batch_size,
         )
-        return ranking_metrics(
+        metrics = ranking_metrics(
             generated.items,
             dataset.target,
             ks=sorted({min(5, args.eval_num_items), args.eval_num_items}),
@@ -347,6 +348,7 @@ class GFlowGRTrainer(Trainer):
                 recommender, dataset.history, dataset.target, batch_size=args.per_device_eval_batch_size
             ),
         )
+        return replace(metrics, seconds=time.perf_counter() - began)
 
     def evaluate(
         self,

@@ -190,44 +190,6 @@ def test_whole_histories_score_every_item_as_its_own_window_does(family: str, un
         assert_near(policy.context[row, column], state)
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
-def test_a_tree_of_cached_steps_gives_the_logits_of_a_forward(backbone: str) -> None:
-    model = tiny(backbone, catalogue(levels=4)).eval()
-    # The tree's third step continues paths out of order, one of them twice and one not at all.
-    parents = [torch.zeros(4, 3, dtype=torch.long), torch.tensor([[2, 0, 0, 2]]).expand(4, -1)]
-    parents.append(torch.tensor([[3, 3, 1, 0, 2]]).expand(4, -1))
-    tokens = [torch.tensor([[3, 4, 5]]).expand(4, -1), torch.tensor([[7, 8, 9, 10]]).expand(4, -1)]
-    tokens.append(torch.tensor([[11, 12, 13, 14, 11]]).expand(4, -1))
-    paths = [
-        (3 + [0, 1, 2][b], 7 + a, c)
-        for a, b, c in zip([3, 3, 1, 0, 2], [2, 2, 0, 2, 0], [11, 12, 13, 14, 11], strict=True)
-    ]
-    written = SemanticIds(torch.tensor([[a - 3, b - 7, c - 11, 0] for a, b, c in paths]), codebook_sizes=4)
-    reference = GenerativeRecommender(model.model, catalogue(levels=4), history_length=5).eval()
-    table = torch.cat([reference.semantic_ids.tokens, written.tokens, torch.full((1, 4), -1)])
-    reference._by_device[HISTORY.device] = (reference.trie, table)
-    trajectories = torch.arange(NUM_ITEMS, NUM_ITEMS + 5).expand(4, -1)
-    reference.checked = lambda name, items: items  # type: ignore[method-assign]
-    with torch.no_grad():
-        expected = reference(HISTORY, trajectories)
-        context = model.encode(HISTORY)
-        assert_near(context.logits, expected.logits[:, 0, 0])
-        assert_near(context.state, expected.context)
-        for step in range(3):
-            logits, context = model.extend(context, tokens[step], parents[step])
-        assert_near(logits, expected.logits[:, :, 3])
-
-
-def test_a_cache_is_refused_while_training() -> None:
-    model = tiny("llama", catalogue())
-    context = model.eval().encode(HISTORY)
-    model.train()
-    with pytest.raises(RuntimeError, match="eval mode"):
-        model.encode(HISTORY)
-    with pytest.raises(RuntimeError, match="eval mode"):
-        model.extend(context, torch.full((4, 1), 3))
-
-
 @pytest.mark.parametrize("backbone", ["t5", "llama"])
 def test_gradient_checkpointing_changes_no_gradient(backbone: str) -> None:
     model = tiny(backbone, catalogue()).train()

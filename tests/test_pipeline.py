@@ -272,7 +272,7 @@ def test_recommendations_are_the_most_probable_items(trained: pipeline.TrainedRu
     )
     assert understood == [items.titles[item] for item in history]
     model = GenerativeRecommender.load(trained.path / "checkpoint").eval()
-    expected = score_all(model, torch.tensor([history]))[0]
+    expected = score_all(model, torch.tensor([history]), exclude_history=True)[0]
     order = [item for item in expected.argsort(descending=True).tolist() if item not in history]
     assert [row.item_id for row in recommended] == [str(items.ids[item]) for item in order]
     assert [row.probability for row in recommended] == pytest.approx(expected[order].exp().tolist(), rel=1e-4)
@@ -280,6 +280,11 @@ def test_recommendations_are_the_most_probable_items(trained: pipeline.TrainedRu
         trained.path, names, num_items=NUM_ITEMS, num_beams=NUM_ITEMS, exclude_history=False
     )
     assert sum(row.probability for row in with_seen) == pytest.approx(1.0, abs=1e-4)
+    _, without = pipeline.recommend(
+        trained.path, names, num_items=NUM_ITEMS, num_beams=NUM_ITEMS, exclude=[names[0], "no. 11"]
+    )
+    rest = {str(items.ids[item]) for item in range(NUM_ITEMS) if item not in (3, 8, 13, 11)}
+    assert {row.item_id for row in without} == rest
 
 
 @pytest.mark.parametrize(

@@ -61,10 +61,10 @@ def _header(path: Path) -> list[str]:
         return next(csv.reader(file), [])
 
 
-def append_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
+def append_rows(path: Path, rows: Sequence[Mapping[str, str]], columns: Sequence[str] = COLUMNS) -> None:
     """Appends to the table at `path`, or makes it; an interruption leaves the table as it was."""
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     if not path.exists():
         writer.writeheader()
     writer.writerows(rows)
