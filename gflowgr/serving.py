@@ -1,0 +1,142 @@
+"""Catalogue-constrained decoding inside serving engines; which of them runs is no matter here.
+
+The server says in its environment which catalogue it serves: `GFLOWGR_TRIE` is the file that `PrefixTrie.save`
+wrote, `GFLOWGR_EOS` the token that ends an item. vLLM's processor is in `gflowgr.serving_vllm`, for vLLM takes only
+subclasses of its own; SGLang's is here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gflowgr import ops
+from gflowgr.trie import PrefixTrie
+
+TRIE_VARIABLE, EOS_VARIABLE = "GFLOWGR_TRIE", "GFLOWGR_EOS"
+
+
+class CatalogueConstraint:
+    """The forward policy P_F on rows of logits, each from what its request has written so far.
+
+    Args:
+        trie: on any device.
+        eos: the token that ends an item: certain at a leaf, impossible before it.
+
+    Raises:
+        TypeError, ValueError: `eos` is not a token.
+    """
+
+    def __init__(self, trie: PrefixTrie, eos: int) -> None:
+        if isinstance(eos, bool) or not isinstance(eos, int):
+            raise TypeError(f"eos is {eos!r}, needs a token")
+        if eos < 0:
+            raise ValueError(f"eos is {eos}, needs a token, 0 or above")
+        self.trie, self.eos = trie, eos
+        # Engines keep what was written on the host.
+        self._walked, self._on = trie.to("cpu"), {trie.device: trie}
+
+    def log_probs(self, logits: Tensor, written: Sequence[Sequence[int]]) -> Tensor:
+        """log P_F of the next token of each row; all on `eos` at a leaf and off the trie.
+
+        Args:
+            logits: (R, V), tokens of the trie and `eos` below V.
+            written: the tokens that each of the R rows has written of its item.
+
+        Returns:
+            (R, V) float32 (float64 for float64 logits), -inf for tokens that lead to no item. Dividing by a
+            temperature afterwards gives what dividing the logits before would.
+
+        Raises:
+            ValueError: a shape or the vocabulary does not fit, or a row holds a placeholder for a token.
+        """
+        if logits.dim() != 2 or logits.shape[0] != len(written):
+            raise ValueError(f"logits has shape {tuple(logits.shape)}, needs ({len(written)}, V)")
+        if self.eos >= logits.shape[1]:
+            raise ValueError(
+                f"eos is {self.eos}, needs a token below the vocabulary's size, {logits.shape[1]}"
+            )
+        trie = self._on.setdefault(logits.device, self.trie.to(logits.device))
+        nodes = self.nodes(written)
+        leaves = self._walked.first_child[nodes + 1] == self._walked.first_child[nodes.clamp(min=0)]
+        ended = (leaves | (nodes < 0)).nonzero().squeeze(1).to(logits.device)
+        log_probs = ops.trie_log_softmax(logits, nodes.to(logits.device), trie)
+        log_probs[ended] = -torch.inf
+        log_probs[ended, self.eos] = 0.0
+        return log_probs
+
+    def nodes(self, written: Sequence[Sequence[int]]) -> Tensor:
+        """The node at which each row stands, -1 off the trie: int64 (R,), on the host."""
+        longest = self.trie.max_depth + 1
+        steps = max((min(len(tokens), longest) for tokens in written), default=0)
+        paths = torch.full((len(written), steps + 1), -1)
+        lengths = torch.tensor([min(len(tokens), longest) for tokens in written], dtype=torch.long)
+        for row, tokens in enumerate(written):
+            path = torch.as_tensor(tokens[:longest], dtype=torch.long)
+            if (path < 0).any():
+                raise ValueError(
+                    f"row {row} has written {list(tokens)}: a token is not known yet; switch asynchronous "
+                    "scheduling off"
+                )
+            paths[row, : len(path)] = path
+        reached = self._walked.walk(paths)
+        at = reached.gather(1, (lengths - 1).clamp(min=0).unsqueeze(1)).squeeze(1)
+        return torch.where(lengths == 0, 0, at)
+
+
+def configured() -> CatalogueConstraint:
+    """The constraint that the environment names; a process loads it once.
+
+    Raises:
+        ValueError: a variable is missing or no token, or the file is no saved trie.
+        FileNotFoundError: there is no such file.
+    """
+    path, eos = os.environ.get(TRIE_VARIABLE), os.environ.get(EOS_VARIABLE)
+    if not path:
+        raise ValueError(f"{TRIE_VARIABLE} is not set, needs the path of a saved PrefixTrie")
+    if eos is None or not eos.isdecimal():
+        raise ValueError(f"{EOS_VARIABLE} is {eos!r}, needs the token that ends an item")
+    return _loaded(path, int(eos))
+
+
+@lru_cache(maxsize=1)
+def _loaded(path: str, eos: int) -> CatalogueConstraint:
+    return CatalogueConstraint(PrefixTrie.load(path), eos)
+
+
+class SGLangTrieProcessor:
+    """What SGLang calls a custom logit processor: `custom_logit_processor=SGLangTrieProcessor.to_str()`.
+
+    SGLang makes it anew from that text for every batch, so it holds nothing.
+    """
+
+    def __call__(
+        self, logits: Tensor, custom_param_list: Sequence[Mapping[str, Any] | None] | None = None
+    ) -> Tensor:
+        """Log-probs in the place of the logits (R, V) of those requests that ask for the processor.
+
+        SGLang puts the request itself under "__req__" among each row's parameters.
+
+        Raises:
+            ValueError: a row comes without its request, or see `CatalogueConstraint.log_probs`.
+        """
+        rows = list(custom_param_list or ())
+        if not all(row and "__req__" in row for row in rows) or len(rows) != logits.shape[0]:
+            raise ValueError(
+                f"custom_param_list has {len(rows)} entries for {logits.shape[0]} rows, needs one for each, "
+                "with its request under '__req__'; speculative decoding is not supported"
+            )
+        written = [row["__req__"].output_ids for row in rows if row]
+        return logits.copy_(configured().log_probs(logits, written))
+
+    @classmethod
+    def to_str(cls) -> str:
+        """The class as SGLang's server reads it: by reference, so gflowgr has to be installed there."""
+        return json.dumps({"callable": pickle.dumps(cls, protocol=4).hex()})
