@@ -1,8 +1,8 @@
 """Catalogue-constrained decoding inside serving engines; which of them runs is no matter here.
 
-The server says in its environment which catalogue it serves: `GFLOWGR_TRIE` is the file that `PrefixTrie.save`
-wrote, `GFLOWGR_EOS` the token that ends an item. vLLM's processor is in `gflowgr.serving_vllm`, for vLLM takes only
-subclasses of its own; SGLang's is here.
+The server says in its environment which catalogue it serves: `GFLOWGR_TRIE` is the file that
+`PrefixTrie.save` wrote, `GFLOWGR_EOS` the token that ends an item. vLLM's processor is in
+`gflowgr.serving_vllm`, for vLLM takes only subclasses of its own; SGLang's is here.
 """
 
 from __future__ import annotations

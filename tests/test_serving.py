@@ -1,7 +1,7 @@
 """Serving processors, driven as the engines' published protocols say, held against plain decoding.
 
-`FakeVllm` keeps a persistent batch as vLLM's v1 engine does (slots are freed, filled by newcomers, condensed by
-moves and reordered by swaps), `sglang_step` calls a processor as SGLang's sampler does.
+`FakeVllm` keeps a persistent batch as vLLM's v1 engine does (slots are freed, filled by newcomers, condensed
+by moves and reordered by swaps), `sglang_step` calls a processor as SGLang's sampler does.
 """
 
 from __future__ import annotations
