@@ -30,6 +30,9 @@ def as_rows(sequences: Any) -> np.ndarray:
         raise ValueError(
             f"sequences has shape {rows.shape}, needs (N, L) with at least one item and one level"
         )
+    # Before anything that takes time or memory in proportion: such rows may be one number, broadcast.
+    if max(rows.shape) > 2**31 - 1:
+        raise ValueError(f"sequences has shape {rows.shape}, needs at most 2**31 - 1 rows and levels")
     if rows.max() >= 2**31 - 1:
         raise ValueError(f"sequences has the token {rows.max()}, needs tokens below 2**31 - 1")
     return np.ascontiguousarray(rows, dtype=np.int32 if rows.dtype.itemsize <= 4 else np.int64)

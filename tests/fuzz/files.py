@@ -1,7 +1,7 @@
 """Fuzzing of saved tries: bits flipped, bytes cut, moved and spliced, numbers in the header changed.
 
-A changed file has to be refused with a ValueError that names it, or to load as exactly one of the catalogues that
-were saved. `python tests/fuzz/files.py --seconds 60 --seed 1`; a finding leaves its file behind and says where.
+A changed file has to be refused with a ValueError that names it, or to load as exactly one of the catalogues
+that were saved. `python tests/fuzz/files.py --seconds 60 --seed 1`; a finding leaves its file behind.
 """
 
 from __future__ import annotations
