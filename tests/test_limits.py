@@ -1,4 +1,4 @@
-"""Sizes at the edge of sense, memory that runs out, files that were cut: a result or an error that says why."""
+"""Absurd sizes, memory that runs out, files that were cut: a result, or an error that says why."""
 
 from __future__ import annotations
 
