@@ -48,7 +48,7 @@ template <class T>
 void trie_trajectory_balance(const Trie& trie, const Logits<T>& logits, const std::int64_t* tokens,
                              const std::int64_t* start, const Balance<Sum<T>>& balance, int threads) {
   std::vector<Sum<T>> log_probs(logits.rows());
-  token_log_probs(trie, logits, tokens, start, log_probs.data(), threads);
+  token_log_probs(trie, NoFilter{}, logits, tokens, start, log_probs.data(), threads);
   trajectory_balance<Sum<T>>(log_probs.data(), nullptr, logits.batch, logits.steps, balance);
 }
 

@@ -7,6 +7,7 @@
 
 #include "balance.hpp"
 #include "build.hpp"
+#include "filter_build.hpp"
 #include "flows.hpp"
 #include "policy.hpp"
 
@@ -26,6 +27,10 @@ using ItemArgs = std::tuple<Address, Address, Address, std::int64_t>;
 using LogitsArgs = std::tuple<Address, int, std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t,
                               std::int64_t, std::int64_t>;
 
+// hidden_offsets (0 for no filter), hidden_nodes, allowed, allowed_set (0 for none), rows, words of a set
+using FilterArgs = std::tuple<Address, Address, Address, Address, std::int64_t, std::int64_t>;
+// first_item, item_count, item_order, item_node, number of items
+using EndingArgs = std::tuple<Address, Address, Address, Address, std::int64_t>;
 // log_rewards, log_z, weights, loss, residual
 using BalanceArgs = std::tuple<Address, Address, Address, Address, Address>;
 
@@ -51,6 +56,25 @@ Logits<T> logits_of(const LogitsArgs& args) {
   return {at<const T>(data), batch, steps, width, batch_stride, step_stride, token_stride, first_token};
 }
 
+EndingItems ending_items_of(const TrieArgs& trie, const EndingArgs& args) {
+  const auto& [first_item, item_count, item_order, item_node, items] = args;
+  return {trie_of(trie),
+          at<const std::int32_t>(first_item),
+          at<const std::int32_t>(item_count),
+          at<const std::int32_t>(item_order),
+          at<const std::int32_t>(item_node),
+          items};
+}
+
+// Runs body(filter) with what filters, or with a filter of another type that keeps everything.
+template <class Body>
+void with_filter(const FilterArgs& args, const Body& body) {
+  const auto& [hidden_offsets, hidden_nodes, allowed, allowed_set, rows, words] = args;
+  if (!hidden_offsets) return body(NoFilter{});
+  body(ItemFilter{at<const std::int64_t>(hidden_offsets), at<const std::int32_t>(hidden_nodes),
+                  at<const std::int32_t>(allowed), at<const std::int64_t>(allowed_set), rows, words});
+}
+
 template <class S>
 Balance<S> balance_of(const BalanceArgs& args) {
   const auto& [log_rewards, log_z, weights, loss, residual] = args;
@@ -64,12 +88,13 @@ void for_dtype_of(const LogitsArgs& logits, const Body& body) {
   dispatch(static_cast<Dtype>(std::get<1>(logits)), body);
 }
 
-py::array_t<std::int32_t> adopt(std::vector<std::int32_t>&& values) {
-  auto owner = std::make_unique<std::vector<std::int32_t>>(std::move(values));
+template <class T>
+py::array_t<T> adopt(std::vector<T>&& values) {
+  auto owner = std::make_unique<std::vector<T>>(std::move(values));
   const auto* data = owner->data();
   const auto size = static_cast<py::ssize_t>(owner->size());
-  py::capsule keeper(owner.release(), [](void* held) { delete static_cast<std::vector<std::int32_t>*>(held); });
-  return py::array_t<std::int32_t>(size, data, keeper);
+  py::capsule keeper(owner.release(), [](void* held) { delete static_cast<std::vector<T>*>(held); });
+  return py::array_t<T>(size, data, keeper);
 }
 
 template <class Token>
@@ -107,45 +132,101 @@ PYBIND11_MODULE(_core, module) {
          at<std::int64_t>(nodes), threads);
   });
 
-  module.def(
-      "log_softmax", [](const TrieArgs& trie, const LogitsArgs& logits, Address nodes, Address out, int threads) {
-        for_dtype_of(logits, [&]<class T>(T*) {
-          log_softmax(trie_of(trie), logits_of<T>(logits), at<const std::int64_t>(nodes), at<Sum<T>>(out), threads);
-        });
+  module.def("log_softmax", [](const TrieArgs& trie, const FilterArgs& filter, const LogitsArgs& logits, Address nodes,
+                               Address out, int threads) {
+    for_dtype_of(logits, [&]<class T>(T*) {
+      with_filter(filter, [&](const auto& view) {
+        log_softmax(trie_of(trie), view, logits_of<T>(logits), at<const std::int64_t>(nodes), at<Sum<T>>(out), threads);
       });
+    });
+  });
+
+  // `places` is how many children of a node the result has room for.
+  module.def("child_log_probs", [](const TrieArgs& trie, const FilterArgs& filter, const LogitsArgs& logits,
+                                   Address nodes, std::int64_t places, Address out, int threads) {
+    for_dtype_of(logits, [&]<class T>(T*) {
+      with_filter(filter, [&](const auto& view) {
+        child_log_probs(trie_of(trie), view, logits_of<T>(logits), at<const std::int64_t>(nodes), places,
+                        at<Sum<T>>(out), threads);
+      });
+    });
+  });
+
+  module.def("child_log_probs_backward",
+             [](const TrieArgs& trie, const FilterArgs& filter, const LogitsArgs& logits, Address nodes,
+                std::int64_t places, Address grad, Address grad_logits, int threads) {
+               for_dtype_of(logits, [&]<class T>(T*) {
+                 with_filter(filter, [&](const auto& view) {
+                   child_log_probs_backward(trie_of(trie), view, logits_of<T>(logits), at<const std::int64_t>(nodes),
+                                            places, at<const Sum<T>>(grad), at<T>(grad_logits), threads);
+                 });
+               });
+             });
+
+  // Sets bits of items and of nodes that are all 0 before.
+  module.def("allow", [](const TrieArgs& trie, const EndingArgs& ending, Address members, std::int64_t count,
+                         Address item_bits, Address node_bits) {
+    py::gil_scoped_release release;
+    allow(ending_items_of(trie, ending), at<const std::int64_t>(members), count,
+          {at<std::int32_t>(item_bits), at<std::int32_t>(node_bits)});
+  });
+
+  // `sets` are the addresses of each row's bits of items and of nodes, empty where rows may get everything.
+  module.def("hidden_nodes", [](const TrieArgs& trie, const EndingArgs& ending, Address offsets, Address excluded,
+                                std::int64_t rows, const std::vector<std::pair<Address, Address>>& sets, int threads) {
+    HiddenNodes found;
+    {
+      py::gil_scoped_release release;
+      std::vector<AllowedSet> allowed;
+      for (const auto& [items, nodes] : sets) allowed.push_back({at<std::int32_t>(items), at<std::int32_t>(nodes)});
+      found = hidden_nodes(ending_items_of(trie, ending), at<const std::int64_t>(offsets),
+                           at<const std::int64_t>(excluded), rows, sets.empty() ? nullptr : &allowed, threads);
+    }
+    return py::make_tuple(adopt(std::move(found.offsets)), adopt(std::move(found.nodes)));
+  });
 
   // `dtype` is the logits'; `grad` and `log_probs` have its accumulation type.
-  module.def("log_softmax_backward", [](const TrieArgs& trie, const LogitsArgs& grad, int dtype, Address log_probs,
-                                        Address nodes, Address grad_logits, int threads) {
+  module.def("log_softmax_backward", [](const TrieArgs& trie, const FilterArgs& filter, const LogitsArgs& grad,
+                                        int dtype, Address log_probs, Address nodes, Address grad_logits, int threads) {
     py::gil_scoped_release release;
     dispatch(static_cast<Dtype>(dtype), [&]<class T>(T*) {
-      log_softmax_backward<T>(trie_of(trie), logits_of<Sum<T>>(grad), at<const Sum<T>>(log_probs),
-                              at<const std::int64_t>(nodes), at<T>(grad_logits), threads);
+      with_filter(filter, [&](const auto& view) {
+        log_softmax_backward<T>(trie_of(trie), view, logits_of<Sum<T>>(grad), at<const Sum<T>>(log_probs),
+                                at<const std::int64_t>(nodes), at<T>(grad_logits), threads);
+      });
     });
   });
 
-  module.def("token_log_probs", [](const TrieArgs& trie, const LogitsArgs& logits, Address tokens, Address start,
-                                   Address out, int threads) {
+  module.def("token_log_probs", [](const TrieArgs& trie, const FilterArgs& filter, const LogitsArgs& logits,
+                                   Address tokens, Address start, Address out, int threads) {
     for_dtype_of(logits, [&]<class T>(T*) {
-      token_log_probs(trie_of(trie), logits_of<T>(logits), at<const std::int64_t>(tokens),
-                      at<const std::int64_t>(start), at<Sum<T>>(out), threads);
+      with_filter(filter, [&](const auto& view) {
+        token_log_probs(trie_of(trie), view, logits_of<T>(logits), at<const std::int64_t>(tokens),
+                        at<const std::int64_t>(start), at<Sum<T>>(out), threads);
+      });
     });
   });
 
-  module.def("token_log_probs_backward", [](const TrieArgs& trie, const LogitsArgs& logits, Address tokens,
-                                            Address start, Address grad, Address grad_logits, int threads) {
+  module.def("token_log_probs_backward", [](const TrieArgs& trie, const FilterArgs& filter, const LogitsArgs& logits,
+                                            Address tokens, Address start, Address grad, Address grad_logits,
+                                            int threads) {
     for_dtype_of(logits, [&]<class T>(T*) {
-      token_log_probs_backward(trie_of(trie), logits_of<T>(logits), at<const std::int64_t>(tokens),
-                               at<const std::int64_t>(start), at<const Sum<T>>(grad), at<T>(grad_logits), threads);
+      with_filter(filter, [&](const auto& view) {
+        token_log_probs_backward(trie_of(trie), view, logits_of<T>(logits), at<const std::int64_t>(tokens),
+                                 at<const std::int64_t>(start), at<const Sum<T>>(grad), at<T>(grad_logits), threads);
+      });
     });
   });
 
-  module.def("sample", [](const TrieArgs& trie, const LogitsArgs& logits, Address nodes, Address uniform,
-                          double temperature, Address out_tokens, Address out_nodes, Address out_log_probs,
-                          int threads) {
+  module.def("sample", [](const TrieArgs& trie, const FilterArgs& filter, const LogitsArgs& logits, Address nodes,
+                          Address uniform, double temperature, Address out_tokens, Address out_nodes,
+                          Address out_log_probs, int threads) {
     for_dtype_of(logits, [&]<class T>(T*) {
-      sample(trie_of(trie), logits_of<T>(logits), at<const std::int64_t>(nodes), at<const double>(uniform), temperature,
-             at<std::int64_t>(out_tokens), at<std::int64_t>(out_nodes), at<Sum<T>>(out_log_probs), threads);
+      with_filter(filter, [&](const auto& view) {
+        sample(trie_of(trie), view, logits_of<T>(logits), at<const std::int64_t>(nodes), at<const double>(uniform),
+               temperature, at<std::int64_t>(out_tokens), at<std::int64_t>(out_nodes), at<Sum<T>>(out_log_probs),
+               threads);
+      });
     });
   });
 

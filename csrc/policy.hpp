@@ -6,12 +6,14 @@
 #include <vector>
 
 #include "exponentials.hpp"
+#include "filter.hpp"
 #include "parallel.hpp"
 #include "scalar.hpp"
 #include "trie.hpp"
 
 // The forward policy P_F: the softmax of the logits over the children of a node. Everything here touches the
-// children only. Shapes: B batch, T steps, V width; arrays without strides are contiguous.
+// available children only. Shapes: B batch, T steps, V width; arrays without strides are contiguous. A filter is a
+// `NoFilter` or an `ItemFilter`.
 namespace gflowgr {
 
 // About nanoseconds: of a row, and of a step to a child.
@@ -50,8 +52,8 @@ using Sum = decltype(widen(T{}));
 template <class S>
 class Policy {
  public:
-  template <class T>
-  void read(const T* row, std::int64_t stride, const Children& kids) {
+  template <class T, class Kids = Children>
+  void read(const T* row, std::int64_t stride, const Kids& kids) {
     values_.resize(kids.count);
     exponentials_.resize(kids.count);
     const std::int64_t lowest = kids.tokens[0];
@@ -110,41 +112,100 @@ inline void walk(const Trie& trie, const std::int64_t* tokens, const std::int64_
 }
 
 // out (B, T, V): log-probs over the children of nodes (B, T), -inf elsewhere.
-template <class T>
-void log_softmax(const Trie& trie, const Logits<T>& logits, const std::int64_t* nodes, Sum<T>* out, int threads) {
+template <class T, class Filter>
+void log_softmax(const Trie& trie, const Filter& filter, const Logits<T>& logits, const std::int64_t* nodes,
+                 Sum<T>* out, int threads) {
   const std::int64_t grain =
       grain_of(logits.rows(), [&](std::int64_t r) { return row_cost(trie, nodes[r]) + logits.width / 8; });
   parallel_for(logits.rows(), grain, threads, [&](std::int64_t begin, std::int64_t end) {
     Policy<Sum<T>> policy;
+    auto reader = filter.reader(trie, logits.rows());
     for (std::int64_t r = begin; r < end; ++r) {
       Sum<T>* row = out + r * logits.width;
       std::fill(row, row + logits.width, -std::numeric_limits<Sum<T>>::infinity());
-      const Children kids = trie.children(nodes[r]);
-      if (kids.count == 1) row[kids.tokens[0]] = 0;
-      if (kids.count < 2) continue;
-      policy.read(logits.row(r), logits.token_stride, kids);
-      for (std::int64_t child = 0; child < kids.count; ++child) row[kids.tokens[child]] = policy.log_prob(child);
+      reader.children(r, nodes[r], [&](const auto& kids) {
+        if (kids.count == 1) row[kids.tokens[0]] = 0;
+        if (kids.count < 2) return;
+        policy.read(logits.row(r), logits.token_stride, kids);
+        for (std::int64_t child = 0; child < kids.count; ++child) row[kids.tokens[child]] = policy.log_prob(child);
+      });
     }
   });
 }
 
 // grad_logits (B, T, V), zeroed: grad - P_F * sum of grad over the children, from log_probs = log_softmax's out.
-template <class T>
-void log_softmax_backward(const Trie& trie, const Logits<Sum<T>>& grad, const Sum<T>* log_probs,
+template <class T, class Filter>
+void log_softmax_backward(const Trie& trie, const Filter& filter, const Logits<Sum<T>>& grad, const Sum<T>* log_probs,
                           const std::int64_t* nodes, T* grad_logits, int threads) {
   const std::int64_t grain = grain_of(grad.rows(), [&](std::int64_t r) { return row_cost(trie, nodes[r]); });
   parallel_for(grad.rows(), grain, threads, [&](std::int64_t begin, std::int64_t end) {
+    auto reader = filter.reader(trie, grad.rows());
     for (std::int64_t r = begin; r < end; ++r) {
-      const Children kids = trie.children(nodes[r]);
-      if (kids.count < 2) continue;
-      const Sum<T>* row = grad.row(r);
-      double total = 0;
-      for (std::int64_t child = 0; child < kids.count; ++child) total += row[kids.tokens[child] * grad.token_stride];
-      for (std::int64_t child = 0; child < kids.count; ++child) {
-        const std::int64_t token = kids.tokens[child];
-        const double probability = std::exp(log_probs[r * grad.width + token]);
-        grad_logits[r * grad.width + token] = narrow<T>(row[token * grad.token_stride] - probability * total);
-      }
+      reader.children(r, nodes[r], [&](const auto& kids) {
+        if (kids.count < 2) return;
+        const Sum<T>* row = grad.row(r);
+        double total = 0;
+        for (std::int64_t child = 0; child < kids.count; ++child) total += row[kids.tokens[child] * grad.token_stride];
+        for (std::int64_t child = 0; child < kids.count; ++child) {
+          const std::int64_t token = kids.tokens[child];
+          const double probability = std::exp(log_probs[r * grad.width + token]);
+          grad_logits[r * grad.width + token] = narrow<T>(row[token * grad.token_stride] - probability * total);
+        }
+      });
+    }
+  });
+}
+
+// out (B, T, C): log P_F of the i-th child of nodes (B, T), -inf beyond the last and where it is not available, as
+// it is without a column. Children from C on are left out.
+template <class T, class Filter>
+void child_log_probs(const Trie& trie, const Filter& filter, const Logits<T>& logits, const std::int64_t* nodes,
+                     std::int64_t places, Sum<T>* out, int threads) {
+  const Columns columns{logits.first_token, logits.width};
+  const std::int64_t grain =
+      grain_of(logits.rows(), [&](std::int64_t r) { return row_cost(trie, nodes[r]) + places / 8; });
+  parallel_for(logits.rows(), grain, threads, [&](std::int64_t begin, std::int64_t end) {
+    Policy<Sum<T>> policy;
+    auto reader = filter.reader(trie, logits.rows());
+    for (std::int64_t r = begin; r < end; ++r) {
+      Sum<T>* row = out + r * places;
+      std::fill(row, row + places, -std::numeric_limits<Sum<T>>::infinity());
+      reader.children(r, nodes[r], columns, [&](const auto& kids) {
+        if (kids.count > 1) policy.read(logits.row(r), logits.token_stride, kids);
+        for (std::int64_t child = 0; child < kids.count; ++child) {
+          const std::int64_t place = node_of(kids, child) - kids.first;
+          if (place >= places) break;
+          row[place] = kids.count > 1 ? policy.log_prob(child) : 0;
+        }
+      });
+    }
+  });
+}
+
+// grad_logits (B, T, V), zeroed: grad (B, T, C) - P_F * sum of grad over the children.
+template <class T, class Filter>
+void child_log_probs_backward(const Trie& trie, const Filter& filter, const Logits<T>& logits,
+                              const std::int64_t* nodes, std::int64_t places, const Sum<T>* grad, T* grad_logits,
+                              int threads) {
+  const Columns columns{logits.first_token, logits.width};
+  const std::int64_t grain = grain_of(logits.rows(), [&](std::int64_t r) { return row_cost(trie, nodes[r]); });
+  parallel_for(logits.rows(), grain, threads, [&](std::int64_t begin, std::int64_t end) {
+    Policy<Sum<T>> policy;
+    auto reader = filter.reader(trie, logits.rows());
+    for (std::int64_t r = begin; r < end; ++r) {
+      reader.children(r, nodes[r], columns, [&](const auto& kids) {
+        if (kids.count < 2) return;
+        policy.read(logits.row(r), logits.token_stride, kids);
+        const auto slope = [&](std::int64_t child) {
+          const std::int64_t place = node_of(kids, child) - kids.first;
+          return place < places ? grad[r * places + place] : Sum<T>{0};
+        };
+        double total = 0;
+        for (std::int64_t child = 0; child < kids.count; ++child) total += slope(child);
+        T* row = grad_logits + r * logits.width - logits.first_token;
+        for (std::int64_t child = 0; child < kids.count; ++child)
+          row[kids.tokens[child]] = narrow<T>(slope(child) - policy.probability(child) * total);
+      });
     }
   });
 }
@@ -164,25 +225,29 @@ std::int64_t follow(const Trie& trie, std::int64_t node, const std::int64_t* tok
 }
 
 // out (B, T): log P_F of tokens (B, T) from the nodes start (B,); 0 from a -1 on, -inf from a miss on.
-template <class T>
-void token_log_probs(const Trie& trie, const Logits<T>& logits, const std::int64_t* tokens, const std::int64_t* start,
-                     Sum<T>* out, int threads) {
+template <class T, class Filter>
+void token_log_probs(const Trie& trie, const Filter& filter, const Logits<T>& logits, const std::int64_t* tokens,
+                     const std::int64_t* start, Sum<T>* out, int threads) {
   const std::int64_t steps = logits.steps;
   const std::int64_t grain =
       grain_of(logits.batch, [&](std::int64_t b) { return path_cost(trie, start[b], tokens + b * steps, steps); });
   parallel_for(logits.batch, grain, threads, [&](std::int64_t begin, std::int64_t end) {
     Policy<Sum<T>> policy;
+    auto reader = filter.reader(trie, logits.batch);
     for (std::int64_t b = begin; b < end; ++b) {
       Sum<T>* row = out + b * steps;
       const std::int64_t length =
           follow(trie, start[b], tokens + b * steps, steps, [&](std::int64_t t, std::int64_t node, std::int64_t next) {
             row[t] = -std::numeric_limits<Sum<T>>::infinity();
             if (next < 0) return;
-            const Children kids = trie.children(node);
-            row[t] = 0;
-            if (kids.count < 2) return;
-            policy.read(logits.row(b * steps + t), logits.token_stride, kids);
-            row[t] = policy.log_prob(next - kids.first);
+            reader.children(b, node, [&](const auto& kids) {
+              const std::int64_t hit = find_node(kids, next);
+              if (hit < 0) return;
+              row[t] = 0;
+              if (kids.count < 2) return;
+              policy.read(logits.row(b * steps + t), logits.token_stride, kids);
+              row[t] = policy.log_prob(hit);
+            });
           });
       std::fill(row + length, row + steps, Sum<T>{0});
     }
@@ -190,26 +255,30 @@ void token_log_probs(const Trie& trie, const Logits<T>& logits, const std::int64
 }
 
 // grad_logits (B, T, V), zeroed: grad (B, T) times (1[token] - P_F) over the children.
-template <class T>
-void token_log_probs_backward(const Trie& trie, const Logits<T>& logits, const std::int64_t* tokens,
-                              const std::int64_t* start, const Sum<T>* grad, T* grad_logits, int threads) {
+template <class T, class Filter>
+void token_log_probs_backward(const Trie& trie, const Filter& filter, const Logits<T>& logits,
+                              const std::int64_t* tokens, const std::int64_t* start, const Sum<T>* grad, T* grad_logits,
+                              int threads) {
   const std::int64_t steps = logits.steps;
   const std::int64_t grain =
       grain_of(logits.batch, [&](std::int64_t b) { return path_cost(trie, start[b], tokens + b * steps, steps); });
   parallel_for(logits.batch, grain, threads, [&](std::int64_t begin, std::int64_t end) {
     Policy<Sum<T>> policy;
+    auto reader = filter.reader(trie, logits.batch);
     for (std::int64_t b = begin; b < end; ++b) {
       follow(trie, start[b], tokens + b * steps, steps, [&](std::int64_t t, std::int64_t node, std::int64_t next) {
-        const Children kids = trie.children(node);
-        if (next < 0 || kids.count < 2) return;
-        const std::int64_t r = b * steps + t;
-        policy.read(logits.row(r), logits.token_stride, kids);
-        T* row = grad_logits + r * logits.width - logits.first_token;
-        const std::int64_t hit = next - kids.first;
-        const double left = 1.0 - policy.probability(hit);
-        const Sum<T>* shares = policy.scaled_probabilities(-grad[r]);
-        for (std::int64_t child = 0; child < kids.count; ++child) row[kids.tokens[child]] = narrow<T>(shares[child]);
-        row[kids.tokens[hit]] = narrow<T>(grad[r] * left);
+        if (next < 0) return;
+        reader.children(b, node, [&](const auto& kids) {
+          const std::int64_t hit = find_node(kids, next);
+          if (hit < 0 || kids.count < 2) return;
+          const std::int64_t r = b * steps + t;
+          policy.read(logits.row(r), logits.token_stride, kids);
+          T* row = grad_logits + r * logits.width - logits.first_token;
+          const double left = 1.0 - policy.probability(hit);
+          const Sum<T>* shares = policy.scaled_probabilities(-grad[r]);
+          for (std::int64_t child = 0; child < kids.count; ++child) row[kids.tokens[child]] = narrow<T>(shares[child]);
+          row[kids.tokens[hit]] = narrow<T>(grad[r] * left);
+        });
       });
     }
   });
@@ -217,30 +286,33 @@ void token_log_probs_backward(const Trie& trie, const Logits<T>& logits, const s
 
 // Draws a child of each node by inverting the CDF of softmax(logits / temperature) at uniform in [0, 1);
 // log-probs are those of temperature 1. (-1, -1, 0) where a node has no children.
-template <class T>
-void sample(const Trie& trie, const Logits<T>& logits, const std::int64_t* nodes, const double* uniform,
-            double temperature, std::int64_t* out_tokens, std::int64_t* out_nodes, Sum<T>* out_log_probs, int threads) {
+template <class T, class Filter>
+void sample(const Trie& trie, const Filter& filter, const Logits<T>& logits, const std::int64_t* nodes,
+            const double* uniform, double temperature, std::int64_t* out_tokens, std::int64_t* out_nodes,
+            Sum<T>* out_log_probs, int threads) {
   using S = Sum<T>;
   const std::int64_t grain = grain_of(logits.rows(), [&](std::int64_t r) { return row_cost(trie, nodes[r]); });
   parallel_for(logits.rows(), grain, threads, [&](std::int64_t begin, std::int64_t end) {
     Policy<S> policy;
+    auto reader = filter.reader(trie, logits.rows());
     for (std::int64_t r = begin; r < end; ++r) {
-      const Children kids = trie.children(nodes[r]);
-      if (kids.count == 0) {
-        out_tokens[r] = out_nodes[r] = -1;
-        out_log_probs[r] = 0;
-        continue;
-      }
-      std::int64_t drawn = 0;
-      S log_prob = 0;
-      if (kids.count > 1) {
-        policy.read(logits.row(r), logits.token_stride, kids);
-        drawn = policy.draw(uniform[r], temperature);
-        log_prob = policy.log_prob(drawn);
-      }
-      out_tokens[r] = kids.tokens[drawn];
-      out_nodes[r] = kids.first + drawn;
-      out_log_probs[r] = log_prob;
+      reader.children(r, nodes[r], [&](const auto& kids) {
+        if (kids.count == 0) {
+          out_tokens[r] = out_nodes[r] = -1;
+          out_log_probs[r] = 0;
+          return;
+        }
+        std::int64_t drawn = 0;
+        S log_prob = 0;
+        if (kids.count > 1) {
+          policy.read(logits.row(r), logits.token_stride, kids);
+          drawn = policy.draw(uniform[r], temperature);
+          log_prob = policy.log_prob(drawn);
+        }
+        out_tokens[r] = kids.tokens[drawn];
+        out_nodes[r] = node_of(kids, drawn);
+        out_log_probs[r] = log_prob;
+      });
     }
   });
 }

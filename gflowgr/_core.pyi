@@ -11,6 +11,10 @@ _Trie: TypeAlias = tuple[int, int, int]
 _Items: TypeAlias = tuple[int, ...]
 # data, dtype (0 float32, 1 float64, 2 bfloat16, 3 float16), shape (B, T, V), strides, first token
 _Logits: TypeAlias = tuple[int, ...]
+# hidden_offsets, hidden_nodes, allowed, allowed_set, rows, words of a set; all 0 for no filter
+_Filter: TypeAlias = tuple[int, ...]
+# first_item, item_count, item_order, item_node, number of items
+_EndingItems: TypeAlias = tuple[int, ...]
 # log_rewards, log_z, weights, loss, residual
 _Balance: TypeAlias = tuple[int, ...]
 
@@ -18,9 +22,12 @@ def build_trie(rows: NDArray[np.int32] | NDArray[np.int64]) -> dict[str, NDArray
 def walk(
     trie: _Trie, tokens: int, start: int, batch: int, steps: int, nodes: int, threads: int, /
 ) -> None: ...
-def log_softmax(trie: _Trie, logits: _Logits, nodes: int, out: int, threads: int, /) -> None: ...
+def log_softmax(
+    trie: _Trie, filter: _Filter, logits: _Logits, nodes: int, out: int, threads: int, /
+) -> None: ...
 def log_softmax_backward(
     trie: _Trie,
+    filter: _Filter,
     grad: _Logits,
     dtype: int,
     log_probs: int,
@@ -29,11 +36,39 @@ def log_softmax_backward(
     threads: int,
     /,
 ) -> None: ...
+def child_log_probs(
+    trie: _Trie, filter: _Filter, logits: _Logits, nodes: int, places: int, out: int, threads: int, /
+) -> None: ...
+def child_log_probs_backward(
+    trie: _Trie,
+    filter: _Filter,
+    logits: _Logits,
+    nodes: int,
+    places: int,
+    grad: int,
+    grad_logits: int,
+    threads: int,
+    /,
+) -> None: ...
+def allow(
+    trie: _Trie, ending: _EndingItems, members: int, count: int, item_bits: int, node_bits: int, /
+) -> None: ...
+def hidden_nodes(
+    trie: _Trie,
+    ending: _EndingItems,
+    offsets: int,
+    excluded: int,
+    rows: int,
+    sets: list[tuple[int, int]],
+    threads: int,
+    /,
+) -> tuple[NDArray[np.int64], NDArray[np.int32]]: ...
 def token_log_probs(
-    trie: _Trie, logits: _Logits, tokens: int, start: int, out: int, threads: int, /
+    trie: _Trie, filter: _Filter, logits: _Logits, tokens: int, start: int, out: int, threads: int, /
 ) -> None: ...
 def token_log_probs_backward(
     trie: _Trie,
+    filter: _Filter,
     logits: _Logits,
     tokens: int,
     start: int,
@@ -44,6 +79,7 @@ def token_log_probs_backward(
 ) -> None: ...
 def sample(
     trie: _Trie,
+    filter: _Filter,
     logits: _Logits,
     nodes: int,
     uniform: int,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,8 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gflowgr.item_sets import FilterArrays, find_hidden, request
+
 ARRAYS = ("first_child", "token", "first_item", "item_count", "item_order", "item_node")
 FORMAT = "gflowgr.PrefixTrie/1"
+_NO_FILTER = (0,) * 6
 _DTYPES = {"float32": 0, "float64": 1, "float16": 3}
 
 
@@ -124,6 +128,30 @@ def verify(arrays: dict[str, np.ndarray]) -> None:
     require((order[1:] > order[:-1]) | ~same_node, "the items of a node are not in ascending order")
 
 
+@dataclass(frozen=True)
+class NumpyFilter:
+    """What `NumpyTrie.filter` makes: what each row of a batch must not get, ready for the core."""
+
+    arrays: FilterArrays
+    set_of_row: NDArray[np.int64] | None
+    trie: NumpyTrie
+
+    @property
+    def num_rows(self) -> int:
+        return self.arrays.hidden_offsets.size - 1
+
+    def addresses(self) -> tuple[int, ...]:
+        """As the core takes them."""
+        allowed = self.arrays.allowed
+        sets = (
+            (0, 0)
+            if allowed is None or self.set_of_row is None
+            else (allowed.ctypes.data, self.set_of_row.ctypes.data)
+        )
+        hidden = (self.arrays.hidden_offsets.ctypes.data, self.arrays.hidden_nodes.ctypes.data)
+        return (*hidden, *sets, self.num_rows, 0 if allowed is None else allowed.shape[1])
+
+
 class NumpyTrie:
     """A catalogue's prefix trie, with the ops that serving needs; imports neither torch nor Triton.
 
@@ -204,12 +232,30 @@ class NumpyTrie:
         )  # fmt: skip
         return nodes
 
-    def log_softmax(self, logits: NDArray[Any], nodes: Any) -> NDArray[Any]:
-        """log_softmax over the children of each row's node, -inf elsewhere.
+    def filter(self, exclude: Any = None, allow: Any = None, rows: int | None = None) -> NumpyFilter:
+        """What each row of a batch must not get, for `log_softmax` and `sample` at every step.
+
+        Args:
+            exclude, allow, rows: as of `gflowgr.ItemFilter`.
+
+        Raises:
+            TypeError, ValueError: an argument has the wrong type or shape, or names no item.
+        """
+        asked = request(exclude, allow, rows, self.num_items)
+        items = (self.first_item, self.item_count, self.item_order, self.item_node)
+        ending = (*(each.ctypes.data for each in items), self.num_items)
+        arrays = find_hidden(self._core, self._arrays, ending, asked, self.threads)
+        return NumpyFilter(arrays, asked.set_of_row, self)
+
+    def log_softmax(
+        self, logits: NDArray[Any], nodes: Any, *, item_filter: NumpyFilter | None = None
+    ) -> NDArray[Any]:
+        """log_softmax over the (available) children of each row's node, -inf elsewhere.
 
         Args:
             logits: (R, V) float32, float64 or float16; tokens of the trie below V.
             nodes: (R) integers.
+            item_filter: of this trie; its row b filters all of `logits[b]`.
 
         Returns:
             (R, V) float32, float64 for float64 logits.
@@ -219,11 +265,24 @@ class NumpyTrie:
         """
         rows, nodes = self._rows(logits, nodes)
         out = np.empty(logits.shape, dtype=_sums(rows))
-        self._core.log_softmax(self._arrays, _raw(rows), nodes.ctypes.data, out.ctypes.data, self.threads)
+        self._core.log_softmax(
+            self._arrays,
+            self._filter(item_filter, logits),
+            _raw(rows),
+            nodes.ctypes.data,
+            out.ctypes.data,
+            self.threads,
+        )
         return out
 
     def sample(
-        self, logits: NDArray[Any], nodes: Any, generator: np.random.Generator, *, temperature: float = 1.0
+        self,
+        logits: NDArray[Any],
+        nodes: Any,
+        generator: np.random.Generator,
+        *,
+        temperature: float = 1.0,
+        item_filter: NumpyFilter | None = None,
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[Any]]:
         """Draws a child of each row's node from softmax(logits / temperature) over its children.
 
@@ -234,10 +293,11 @@ class NumpyTrie:
             nodes: (R) integers.
             generator: NumPy's.
             temperature: above 0.
+            item_filter: of this trie; its row b filters all of `logits[b]`.
 
         Returns:
             tokens and nodes reached, int64 (R), and their log-probs at temperature 1, float32 (float64 for
-            float64 logits). A row with nothing to draw (a leaf, or -1) gives -1, -1 and 0.
+            float64 logits). A row with nothing to draw (a leaf, -1, no available child) gives -1, -1 and 0.
 
         Raises:
             TypeError, ValueError: an argument has the wrong type, shape, vocabulary or range.
@@ -249,10 +309,25 @@ class NumpyTrie:
         tokens, reached = np.empty_like(nodes), np.empty_like(nodes)
         log_probs = np.empty(nodes.shape, dtype=_sums(rows))
         self._core.sample(
-            self._arrays, _raw(rows), nodes.ctypes.data, uniform.ctypes.data, temperature,
-            tokens.ctypes.data, reached.ctypes.data, log_probs.ctypes.data, self.threads,
+            self._arrays, self._filter(item_filter, logits), _raw(rows), nodes.ctypes.data,
+            uniform.ctypes.data, temperature, tokens.ctypes.data, reached.ctypes.data, log_probs.ctypes.data, self.threads,
         )  # fmt: skip
         return tokens, reached, log_probs
+
+    def _filter(self, item_filter: NumpyFilter | None, logits: NDArray[Any]) -> tuple[int, ...]:
+        if item_filter is None:
+            return _NO_FILTER
+        if not isinstance(item_filter, NumpyFilter):
+            raise TypeError(
+                f"item_filter is a {type(item_filter).__name__}, needs what NumpyTrie.filter returns"
+            )
+        if item_filter.trie is not self:
+            raise ValueError("item_filter is of another trie, needs one of this trie")
+        if logits.ndim < 2 or item_filter.num_rows != logits.shape[0]:
+            raise ValueError(
+                f"item_filter has {item_filter.num_rows} rows, needs as many as logits, {logits.shape[:-1]}"
+            )
+        return item_filter.addresses()
 
     def _rows(self, logits: NDArray[Any], nodes: Any) -> tuple[NDArray[Any], NDArray[np.int64]]:
         """`logits` as (1, R, V), a view wherever strides allow, and `nodes` as the core reads them."""

@@ -36,6 +36,21 @@ class ItemTrie(Trie, Protocol):
     def level_offsets(self) -> tuple[int, ...]: ...
 
 
+class RowFilter(Protocol):
+    """What an op reads of an `ItemFilter`, whose row b serves what is under index b of the first axis."""
+
+    @property
+    def num_rows(self) -> int: ...
+    @property
+    def hidden_offsets(self) -> Tensor: ...
+    @property
+    def hidden_nodes(self) -> Tensor: ...
+    @property
+    def allowed(self) -> Tensor | None: ...
+    @property
+    def allowed_set(self) -> Tensor | None: ...
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for everything narrower."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -49,12 +64,34 @@ def child_range(nodes: Tensor, trie: Trie) -> tuple[Tensor, Tensor]:
     return first, torch.where(inside, trie.first_child[parent + 1].long(), first)
 
 
-def children(nodes: Tensor, trie: Trie) -> tuple[Tensor, Tensor, Tensor]:
-    """Child nodes, their tokens and which of them exist, each (..., C); a node off the trie (-1) has none."""
+def available(child: Tensor, item_filter: RowFilter) -> Tensor:
+    """Which nodes (B, ...) have an item at or under them that row b may get."""
+    row = torch.arange(child.shape[0], device=child.device).view(-1, *[1] * (child.dim() - 1))
+    entry = torch.arange(item_filter.hidden_nodes.numel(), device=child.device)
+    owner = torch.searchsorted(item_filter.hidden_offsets[1:], entry, right=True)
+    keys = owner * 2**31 + item_filter.hidden_nodes
+    wanted = row * 2**31 + child
+    found = torch.cat([keys, keys.new_full((1,), -1)])[torch.searchsorted(keys, wanted)]
+    result = found != wanted
+    if item_filter.allowed is None or item_filter.allowed_set is None:
+        return result
+    words = item_filter.allowed[item_filter.allowed_set[row], child // 32]
+    return result & ((words >> (child % 32)) & 1 == 1)
+
+
+def children(
+    nodes: Tensor, trie: Trie, item_filter: RowFilter | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Child nodes, their tokens and which of them are there for the row, each (..., C).
+
+    A node off the trie (-1) has none.
+    """
     first, end = child_range(nodes, trie)
     child = first.unsqueeze(-1) + torch.arange(trie.max_children, device=nodes.device)
     exists = child < end.unsqueeze(-1)
     child = torch.where(exists, child, 0)
+    if item_filter is not None:
+        exists = exists & available(child, item_filter)
     return child, torch.where(exists, trie.token[child].long(), 0), exists
 
 
@@ -74,29 +111,59 @@ def trie_walk(tokens: Tensor, start: Tensor, trie: Trie) -> Tensor:
     return torch.stack(nodes, -1) if nodes else tokens.long()
 
 
-def child_log_probs(logits: Tensor, nodes: Tensor, trie: Trie, first_token: int = 0) -> tuple[Tensor, ...]:
+def child_log_probs(
+    logits: Tensor,
+    nodes: Tensor,
+    trie: Trie,
+    first_token: int = 0,
+    item_filter: RowFilter | None = None,
+) -> tuple[Tensor, ...]:
     """The forward policy over the children of each row's node: child, token, exists, log-prob, each (..., C).
 
-    `logits[..., c]` belongs to token `first_token + c`. Missing children get -inf. A row with fewer than two
-    children has nothing to choose, so its logits are replaced before the softmax: no NaN, gradient exactly 0.
+    `logits[..., c]` belongs to token `first_token + c`; a child without a column is not there. Missing
+    children get -inf. A row with fewer than two children has nothing to choose, so its logits are replaced
+    before the softmax: no NaN, gradient exactly 0.
     """
-    child, tokens, exists = children(nodes, trie)
-    values = logits.gather(-1, (tokens - first_token).clamp(min=0)).to(accumulation_dtype(logits.dtype))
+    child, tokens, exists = children(nodes, trie, item_filter)
+    column, last = tokens - first_token, logits.shape[-1] - 1
+    exists = exists & (column >= 0) & (column <= last)
+    values = logits.gather(-1, column.clamp(0, last)).to(accumulation_dtype(logits.dtype))
     choice = exists.sum(-1, keepdim=True) > 1
     values = torch.where(exists | ~choice, torch.where(choice, values, 0.0), -torch.inf)
     log_probs = torch.where(choice, values.log_softmax(-1), 0.0)
     return child, tokens, exists, torch.where(exists, log_probs, -torch.inf)
 
 
-def trie_log_softmax(logits: Tensor, nodes: Tensor, trie: Trie) -> Tensor:
+def trie_child_log_probs(
+    logits: Tensor,
+    nodes: Tensor,
+    trie: Trie,
+    first_token: int = 0,
+    width: int | None = None,
+    item_filter: RowFilter | None = None,
+) -> Tensor:
+    """log P_F of the i-th child of each node, -inf where there is none: (..., V), (...) -> (..., width)."""
+    log_probs = child_log_probs(logits, nodes, trie, first_token, item_filter)[-1]
+    missing = 0 if width is None else width - trie.max_children
+    return F.pad(log_probs, (0, missing), value=-torch.inf)
+
+
+def trie_log_softmax(
+    logits: Tensor, nodes: Tensor, trie: Trie, item_filter: RowFilter | None = None
+) -> Tensor:
     """log_softmax over the children of each row's node, -inf elsewhere: (..., V), (...) -> (..., V)."""
-    _, tokens, exists, log_probs = child_log_probs(logits, nodes, trie)
+    _, tokens, exists, log_probs = child_log_probs(logits, nodes, trie, 0, item_filter)
     dense = log_probs.new_full((*logits.shape[:-1], logits.shape[-1] + 1), -torch.inf)
     return dense.scatter(-1, torch.where(exists, tokens, logits.shape[-1]), log_probs)[..., :-1]
 
 
 def trie_token_log_probs(
-    logits: Tensor, tokens: Tensor, trie: Trie, start: Tensor, first_token: int = 0
+    logits: Tensor,
+    tokens: Tensor,
+    trie: Trie,
+    start: Tensor,
+    first_token: int = 0,
+    item_filter: RowFilter | None = None,
 ) -> Tensor:
     """log P_F of each token: (..., T, V), (..., T), start nodes (...) -> (..., T).
 
@@ -104,7 +171,7 @@ def trie_token_log_probs(
     """
     after = trie_walk(tokens, start, trie)
     before = torch.cat([start.long().unsqueeze(-1), after], -1)[..., : tokens.shape[-1]]
-    child, _, exists, log_probs = child_log_probs(logits, before, trie, first_token)
+    child, _, exists, log_probs = child_log_probs(logits, before, trie, first_token, item_filter)
     taken = exists & (child == after.unsqueeze(-1))
     padding = (tokens < 0).long().cumsum(-1) > 0
     chosen = torch.where(taken, log_probs, 0.0).sum(-1)
@@ -134,18 +201,24 @@ def scaled_and_capped(logits: Tensor, scale: float, softcap: float | None) -> Te
 
 
 def trie_sample(
-    logits: Tensor, nodes: Tensor, trie: Trie, uniform: Tensor, temperature: float
+    logits: Tensor,
+    nodes: Tensor,
+    trie: Trie,
+    uniform: Tensor,
+    temperature: float,
+    item_filter: RowFilter | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draws a child of each row's node by inverting the CDF at `uniform` in [0, 1).
 
     (..., V), (...) -> tokens, nodes, log-probs at temperature 1, each (...); (-1, -1, 0) where none exists.
     """
-    child, tokens, exists, log_probs = child_log_probs(logits, nodes, trie)
+    child, tokens, exists, log_probs = child_log_probs(logits, nodes, trie, 0, item_filter)
     mass = (log_probs / temperature).softmax(-1).nan_to_num(0.0)
     cumulative = mass.cumsum(-1)
     reached = (cumulative > uniform.to(mass.dtype).unsqueeze(-1) * cumulative[..., -1:]) & (mass > 0)
     # Rounding can leave the target above the sum; a row of NaN has no mass, and draws its first child.
-    last_possible = torch.where(mass > 0, torch.arange(mass.shape[-1], device=mass.device), 0).amax(-1)
+    places = torch.arange(mass.shape[-1], device=mass.device)
+    last_possible = torch.where(mass > 0, places, exists.int().argmax(-1, keepdim=True)).amax(-1)
     drawn = torch.where(reached.any(-1), reached.int().argmax(-1), last_possible).unsqueeze(-1)
     alive = exists.any(-1)
     return (

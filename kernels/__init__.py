@@ -6,6 +6,7 @@ tokens and nodes (B, T) int64, start (B,) int64.
 
 from .flow_matching import flow_matching, flow_matching_backward
 from .trajectory_balance import trajectory_balance, trajectory_balance_backward
+from .trie_child_log_probs import trie_child_log_probs, trie_child_log_probs_backward
 from .trie_log_flows import trie_log_flows, trie_log_flows_backward
 from .trie_log_softmax import trie_log_softmax, trie_log_softmax_backward
 from .trie_sample import trie_sample
@@ -18,6 +19,8 @@ __all__ = [
     "flow_matching_backward",
     "trajectory_balance",
     "trajectory_balance_backward",
+    "trie_child_log_probs",
+    "trie_child_log_probs_backward",
     "trie_log_flows",
     "trie_log_flows_backward",
     "trie_log_softmax",

@@ -94,6 +94,14 @@ def sums(like: Tensor, shape: torch.Size) -> Tensor:
     return torch.empty(shape, dtype=sums_dtype(like.dtype), device=like.device)
 
 
+def filter_arguments(row_filter: tuple[Tensor | None, ...], rows: int) -> tuple[Tensor | int | None, ...]:
+    """An item filter's arrays, the words of a set, and how many rows of the kernel one of its rows serves."""
+    offsets, hidden, allowed, allowed_set = row_filter or (None,) * 4
+    words = 0 if allowed is None else allowed.shape[1]
+    share = 1 if offsets is None else max(rows // max(offsets.numel() - 1, 1), 1)
+    return offsets, hidden, allowed, allowed_set, words, share
+
+
 def strided(values: Tensor | None, dims: int = 1) -> tuple[Tensor | int | None, ...]:
     """A tensor and its strides, so that an expanded scalar needs no copy; zeros where there is none."""
     return (None, *[0] * dims) if values is None else (values, *values.stride())

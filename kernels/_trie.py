@@ -11,6 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ._filter import available, choices, if_available
+
 
 @triton.jit
 def rows_of_program(rows, ROWS: tl.constexpr):
@@ -52,10 +54,12 @@ def logits_row(logits, batch, step, batch_stride, step_stride):
 
 
 @triton.jit
-def child_block(begin, end, token, BLOCK: tl.constexpr):
-    """The children from `begin` on, as many as fit: nodes, tokens, and which of them exist."""
+def child_block(
+    begin, end, token, BLOCK: tl.constexpr, hidden_nodes=None, low=None, high=None, allowed=None, bits=None
+):
+    """The children from `begin` on, as many as fit: nodes, tokens, and which of them are there."""
     child = begin[:, None] + tl.arange(0, BLOCK)[None, :]
-    exists = child < end[:, None]
+    exists = available(child, child < end[:, None], hidden_nodes, low, high, allowed, bits)
     return child, tl.load(token + child, mask=exists, other=0).to(tl.int64), exists
 
 
@@ -126,11 +130,26 @@ def nothing_yet(first, sums: tl.constexpr):
 
 
 @triton.jit
-def peak_and_log_total(row, token_stride, first, end, token, sums: tl.constexpr, BLOCK: tl.constexpr):
+def peak_and_log_total(
+    row,
+    token_stride,
+    first,
+    end,
+    token,
+    sums: tl.constexpr,
+    BLOCK: tl.constexpr,
+    hidden_nodes=None,
+    low=None,
+    high=None,
+    allowed=None,
+    bits=None,
+):
     """m and s such that the log-prob of a child is its logit - m - s, with m near the largest logit."""
     peak, total = nothing_yet(first, sums)
     for offset in range(0, most(first, end), BLOCK):
-        _, tokens, exists = child_block(first + offset, end, token, BLOCK)
+        _, tokens, exists = child_block(
+            first + offset, end, token, BLOCK, hidden_nodes, low, high, allowed, bits
+        )
         peak, total = add_exponentials(peak, total, child_logits(row, token_stride, tokens, exists, sums))
     return settle_peak(peak, total)
 
@@ -147,10 +166,34 @@ def step_log_prob(
 ):
     """log P_F of the tokens `wanted` at nodes, and the children by them; -inf and -1 where there is none."""
     first, end = children(node, first_child, num_nodes)
+    return log_prob_among(row, token_stride, wanted, first, end, token, sums, BLOCK)
+
+
+@triton.jit
+def log_prob_among(
+    row,
+    token_stride,
+    wanted,
+    first,
+    end,
+    token,
+    sums: tl.constexpr,
+    BLOCK: tl.constexpr,
+    hidden_nodes=None,
+    low=None,
+    high=None,
+    allowed=None,
+    bits=None,
+):
+    """The same where the children, and an item filter of theirs, are known."""
     child = find_child(first, end, wanted, token, BLOCK)
-    read_end = tl.where(child >= 0, end_of_choice(first, end), first)
+    child = if_available(child, hidden_nodes, low, high, allowed, bits)
+    choice_end, _leader = choices(first, end, hidden_nodes, low, high, allowed, bits, BLOCK)
+    read_end = tl.where(child >= 0, choice_end, first)
     chooses = read_end > first
-    peak, log_total = peak_and_log_total(row, token_stride, first, read_end, token, sums, BLOCK)
+    peak, log_total = peak_and_log_total(
+        row, token_stride, first, read_end, token, sums, BLOCK, hidden_nodes, low, high, allowed, bits
+    )
     value = tl.load(row + wanted * token_stride, mask=chooses, other=0.0).to(sums)
     log_prob = tl.where(chooses, value - peak - log_total, 0.0)
     return tl.where(child >= 0, log_prob, float("-inf")), child

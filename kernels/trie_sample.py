@@ -6,12 +6,12 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import child_tile, kernel, launch, sums
+from ._filter import choices, filter_of_rows
+from ._launch import child_tile, filter_arguments, kernel, launch, sums
 from ._trie import (
     child_block,
     child_logits,
     children,
-    end_of_choice,
     logits_row,
     most,
     nothing_yet,
@@ -31,6 +31,12 @@ def _sample(
     first_child,
     token,
     num_nodes: tl.int32,
+    hidden_offsets,
+    hidden_nodes,
+    allowed,
+    allowed_set,
+    words: tl.int64,
+    share: tl.int64,
     uniform,
     temperature: tl.float64,
     drawn_tokens,
@@ -47,13 +53,18 @@ def _sample(
     batch, step = quotient_and_rest(index, steps)
     row = logits_row(logits, batch, step, batch_stride, step_stride)
     first, end = children(tl.load(nodes + index, mask=row_exists, other=-1), first_child, num_nodes)
-    choice_end = end_of_choice(first, end)
+    low, high, bits = filter_of_rows(
+        index, row_exists, share, first, end, hidden_offsets, hidden_nodes, allowed, allowed_set, words
+    )
+    choice_end, leader = choices(first, end, hidden_nodes, low, high, allowed, bits, BLOCK)
 
     # The CDF is summed in float64 whatever the logits: `uniform` has 53 bits, a node thousands of children.
     peak, total = nothing_yet(first, sums)
     mass_total = tl.zeros((ROWS,), tl.float64)
     for offset in range(0, most(first, choice_end), BLOCK):
-        _, tokens, exists = child_block(first + offset, choice_end, token, BLOCK)
+        _, tokens, exists = child_block(
+            first + offset, choice_end, token, BLOCK, hidden_nodes, low, high, allowed, bits
+        )
         values = child_logits(row, token_stride, tokens, exists, sums)
         peak, lowered, relative = raise_peak(peak, values)
         total = total * tl.exp(lowered) + tl.sum(tl.exp(relative), 1)
@@ -65,9 +76,11 @@ def _sample(
     target = tl.load(uniform + index, mask=row_exists, other=0.0) * mass_total
     before = tl.zeros((ROWS,), tl.float64)
     drawn = end
-    last_possible = first
+    last_possible = leader
     for offset in range(0, most(first, choice_end), BLOCK):
-        child, tokens, exists = child_block(first + offset, choice_end, token, BLOCK)
+        child, tokens, exists = child_block(
+            first + offset, choice_end, token, BLOCK, hidden_nodes, low, high, allowed, bits
+        )
         values = child_logits(row, token_stride, tokens, exists, sums)
         mass = tl.exp((values - peak[:, None]) / divisor).to(tl.float64)
         possible = mass > 0.0
@@ -75,12 +88,12 @@ def _sample(
         # A parallel scan is not monotonic to the last bit, so a child without mass could seem to reach it.
         reached = possible & (before[:, None] + tl.cumsum(mass, 1) > target[:, None])
         drawn = tl.minimum(drawn, tl.min(tl.where(reached, child, end[:, None]), 1))
-        last_possible = tl.maximum(last_possible, tl.max(tl.where(possible, child, first[:, None]), 1))
+        last_possible = tl.maximum(last_possible, tl.max(tl.where(possible, child, leader[:, None]), 1))
         before += tl.sum(mass, 1)
     # Rounding can leave the target above the sum.
     drawn = tl.where(drawn < end, drawn, last_possible)
 
-    alive = first < end
+    alive = leader < end
     chooses = first < choice_end
     drawn_token = tl.load(token + drawn, mask=alive, other=-1).to(tl.int64)
     value = tl.load(row + drawn_token * token_stride, mask=chooses, other=0.0).to(sums)
@@ -98,6 +111,7 @@ def trie_sample(
     max_children: int,
     uniform: Tensor,
     temperature: float,
+    *row_filter: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     drawn_tokens, drawn_nodes = (
         torch.empty(nodes.shape, dtype=torch.int64, device=logits.device) for _ in range(2)
@@ -112,6 +126,7 @@ def trie_sample(
         first_child,
         token,
         token.numel(),
+        *filter_arguments(row_filter, nodes.numel()),
         uniform.contiguous(),
         temperature,
         drawn_tokens,

@@ -11,19 +11,19 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import child_tile, kernel, launch, sums
+from ._filter import choices, filter_of_rows, if_available
+from ._launch import child_tile, filter_arguments, kernel, launch, sums
 from ._trie import (
     child_block,
     child_logits,
     children,
-    end_of_choice,
     find_child,
+    log_prob_among,
     logits_row,
     most,
     peak_and_log_total,
     quotient_and_rest,
     rows_of_program,
-    step_log_prob,
     walk,
 )
 
@@ -40,6 +40,12 @@ def _token_log_probs(
     first_child,
     token,
     num_nodes: tl.int32,
+    hidden_offsets,
+    hidden_nodes,
+    allowed,
+    allowed_set,
+    words: tl.int64,
+    share: tl.int64,
     log_probs,
     rows: tl.int64,
     steps: tl.int32,
@@ -55,7 +61,13 @@ def _token_log_probs(
     node, padding = walk(path, step, begin, first_child, token, num_nodes, BLOCK)
     wanted = tl.load(path + step, mask=row_exists, other=-1)
     row = logits_row(logits, batch, step, batch_stride, step_stride) - first_token.to(tl.int64) * token_stride
-    log_prob, _ = step_log_prob(row, token_stride, wanted, node, first_child, token, num_nodes, sums, BLOCK)
+    first, end = children(node, first_child, num_nodes)
+    low, high, bits = filter_of_rows(
+        batch, row_exists, share, first, end, hidden_offsets, hidden_nodes, allowed, allowed_set, words
+    )
+    log_prob, _ = log_prob_among(
+        row, token_stride, wanted, first, end, token, sums, BLOCK, hidden_nodes, low, high, allowed, bits
+    )
     tl.store(log_probs + index, tl.where(padding | (wanted < 0), 0.0, log_prob), mask=row_exists)
 
 
@@ -67,6 +79,7 @@ def trie_token_log_probs(
     token: Tensor,
     max_children: int,
     first_token: int,
+    *row_filter: Tensor | None,
 ) -> Tensor:
     log_probs = sums(logits, tokens.shape)
     launch(
@@ -80,6 +93,7 @@ def trie_token_log_probs(
         first_child,
         token,
         token.numel(),
+        *filter_arguments(row_filter, start.numel()),
         log_probs,
         tokens.numel(),
         tokens.shape[1],
@@ -103,6 +117,12 @@ def _token_log_probs_backward(
     first_child,
     token,
     num_nodes: tl.int32,
+    hidden_offsets,
+    hidden_nodes,
+    allowed,
+    allowed_set,
+    words: tl.int64,
+    share: tl.int64,
     grad_logits,
     rows: tl.int64,
     steps: tl.int32,
@@ -119,16 +139,25 @@ def _token_log_probs_backward(
     node, _ = walk(path, step, begin, first_child, token, num_nodes, BLOCK)
     first, end = children(node, first_child, num_nodes)
     wanted = tl.load(path + step, mask=row_exists, other=-1)
+    low, high, bits = filter_of_rows(
+        batch, row_exists, share, first, end, hidden_offsets, hidden_nodes, allowed, allowed_set, words
+    )
     taken = find_child(first, end, wanted, token, BLOCK)
-    read_end = tl.where(taken >= 0, end_of_choice(first, end), first)
+    taken = if_available(taken, hidden_nodes, low, high, allowed, bits)
+    choice_end, _leader = choices(first, end, hidden_nodes, low, high, allowed, bits, BLOCK)
+    read_end = tl.where(taken >= 0, choice_end, first)
     row = logits_row(logits, batch, step, batch_stride, step_stride) - first_token.to(tl.int64) * token_stride
-    peak, log_total = peak_and_log_total(row, token_stride, first, read_end, token, sums, BLOCK)
+    peak, log_total = peak_and_log_total(
+        row, token_stride, first, read_end, token, sums, BLOCK, hidden_nodes, low, high, allowed, bits
+    )
     slope = tl.load(
         logits_row(grad, batch, step, grad_batch_stride, grad_step_stride), mask=row_exists, other=0.0
     )
     out = (grad_logits + index * width - first_token)[:, None]
     for offset in range(0, most(first, read_end), BLOCK):
-        child, child_tokens, exists = child_block(first + offset, read_end, token, BLOCK)
+        child, child_tokens, exists = child_block(
+            first + offset, read_end, token, BLOCK, hidden_nodes, low, high, allowed, bits
+        )
         values = child_logits(row, token_stride, child_tokens, exists, sums)
         hit = tl.where(child == taken[:, None], 1.0, 0.0).to(sums)
         probability = tl.exp(values - peak[:, None] - log_total[:, None])
@@ -144,6 +173,7 @@ def trie_token_log_probs_backward(
     token: Tensor,
     max_children: int,
     first_token: int,
+    *row_filter: Tensor | None,
 ) -> Tensor:
     grad_logits = torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)
     launch(
@@ -159,6 +189,7 @@ def trie_token_log_probs_backward(
         first_child,
         token,
         token.numel(),
+        *filter_arguments(row_filter, start.numel()),
         grad_logits,
         tokens.numel(),
         *logits.shape[1:],

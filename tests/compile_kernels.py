@@ -24,7 +24,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
-from gflowgr import PrefixTrie, kernels
+from gflowgr import ItemFilter, PrefixTrie, kernels
+from gflowgr.ops._filters import arrays_of
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
 ARCHITECTURES = (80, 90, 100)
@@ -56,14 +57,18 @@ def launches(
         per_path.new_zeros(batch, trie.num_items),
     )
     mask, weights = (tokens == 0, per_path) if optional else (None, None)
+    row_filter = arrays_of(ItemFilter(trie, allow=[0], rows=batch) if optional else None)
     run, JITFunction.run = JITFunction.run, record
     try:
         kernels.trie_walk(tokens, start, *arrays[:2])
-        kernels.trie_log_softmax(logits, tokens, *arrays)
-        kernels.trie_log_softmax_backward(logits.to(sums), logits.to(sums), tokens, *arrays, dtype)
-        kernels.trie_token_log_probs(logits, tokens, start, *arrays, 0)
-        kernels.trie_token_log_probs_backward(per_token, logits, tokens, start, *arrays, 0)
-        kernels.trie_sample(logits, tokens, *arrays, uniform, 0.7)
+        kernels.trie_log_softmax(logits, tokens, *arrays, *row_filter)
+        dense = logits.to(sums)
+        kernels.trie_log_softmax_backward(dense, dense, tokens, *arrays, dtype, *row_filter)
+        kernels.trie_child_log_probs(logits, tokens, *arrays, 0, children, *row_filter)
+        kernels.trie_child_log_probs_backward(dense, logits, tokens, *arrays, 0, children, *row_filter)
+        kernels.trie_token_log_probs(logits, tokens, start, *arrays, 0, *row_filter)
+        kernels.trie_token_log_probs_backward(per_token, logits, tokens, start, *arrays, 0, *row_filter)
+        kernels.trie_sample(logits, tokens, *arrays, uniform, 0.7, *row_filter)
         kernels.trajectory_balance(per_token, per_path, per_path, mask, weights)
         kernels.trajectory_balance_backward(per_path, mask, steps)
         kernels.trie_trajectory_balance(logits, tokens, start, *arrays, per_path, per_path, weights)

@@ -350,6 +350,7 @@ GOOD: dict[str, Any] = {
 ARGUMENTS = {
     "trie_walk": ("tokens", "trie"),
     "trie_log_softmax": ("logits", "nodes", "trie"),
+    "trie_child_log_probs": ("logits", "nodes", "trie"),
     "trie_token_log_probs": ("logits", "tokens", "trie"),
     "trie_linear_token_log_probs": ("hidden", "weight", "tokens", "trie", "bias"),
     "trie_sample": ("logits", "nodes", "trie"),
@@ -620,7 +621,8 @@ def test_what_no_kernel_writes_is_poison(
     monkeypatch.setattr(_cpp, "_core", Idle())
     options = (
         {}
-        if op in ("trie_walk", "trie_log_softmax", "trie_token_log_probs", "trie_sample", "trie_log_flows")
+        if op.removeprefix("trie_")
+        in ("walk", "log_softmax", "child_log_probs", "token_log_probs", "sample", "log_flows")
         else {"reduction": "none"}
     )
     results = call_with(op, backend="cpp", **options)

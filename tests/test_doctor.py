@@ -33,6 +33,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "trajectory_balance": lambda **to: ops.trajectory_balance(
         LOG_PROBS, LOG_REWARDS, torch.tensor(0.5), **to
     ),
+    "trie_child_log_probs": lambda **to: ops.trie_child_log_probs(LOGITS[0], NODES, TRIE, **to),
     "trie_linear_token_log_probs": lambda **to: ops.trie_linear_token_log_probs(
         torch.ones(1, 2, 3), torch.ones(5, 3), TOKENS, TRIE, **to
     ),

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 from core_cases import World, worlds
+from filter_cases import Filtered, filtered
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gflowgr import PrefixTrie, ops
 from gflowgr.numpy_trie import ARRAYS, NumpyTrie
+from gflowgr.ops._filters import NO_FILTER
 
 pytest.importorskip("gflowgr._core", reason="the C++ extension is not compiled")
 
@@ -58,7 +60,15 @@ def test_policy_and_draws_are_the_ops(world: World, shape: tuple[int, ...], layo
     uniform = torch.from_numpy(np.asarray(np.random.default_rng(0).random(shape)))
     paths, flat = tensor.reshape(1, -1, world.width), nodes.reshape(1, -1)
     expected_tokens, expected_nodes, expected_drawn = torch.ops.gflowgr.trie_sample(
-        paths, flat, trie.first_child, trie.token, trie.max_children, uniform.reshape(1, -1), 0.7, "cpp"
+        paths,
+        flat,
+        trie.first_child,
+        trie.token,
+        trie.max_children,
+        uniform.reshape(1, -1),
+        0.7,
+        *NO_FILTER,
+        "cpp",
     )
     assert tokens.shape == reached.shape == drawn.shape == shape
     np.testing.assert_array_equal(tokens.ravel(), expected_tokens[0])
@@ -75,6 +85,28 @@ def test_walk_and_items(world: World, shape: tuple[int, ...], from_anywhere: boo
     np.testing.assert_array_equal(walked, trie.walk(tokens, start=start, backend="torch"))
     for node in range(0, trie.num_nodes, 7):
         np.testing.assert_array_equal(ours.items(node), trie.items(node))
+
+
+@given(filtered().filter(lambda case: not case.removed), SHAPES)
+def test_filtered_policy_and_draws_are_the_ops(case: Filtered, inner: tuple[int, ...]) -> None:
+    trie, ours = case.trie(torch.device("cpu")), NumpyTrie(case.rows)
+    item_filter = case.filter(trie)
+    numpy_filter = ours.filter(case.given_exclude(), case.given_allow(), rows=case.contexts)
+    nodes = case.nodes((case.contexts, *inner))
+    logits = case.normals((*nodes.shape, case.width)).numpy()
+    tensor = torch.from_numpy(logits)
+    np.testing.assert_allclose(
+        ours.log_softmax(logits, nodes.numpy(), item_filter=numpy_filter),
+        ops.trie_log_softmax(tensor, nodes, trie, item_filter=item_filter, backend="torch"),
+    )
+    drawn = ours.sample(logits, nodes.numpy(), np.random.default_rng(0), item_filter=numpy_filter)
+    for row in np.ndindex(*nodes.shape):
+        children = case.children(row[0], int(nodes[row]))
+        token = int(drawn[0][row])
+        assert int(drawn[1][row]) == children.get(token, -1)
+        policy = case.policy(row[0], logits[row].tolist(), int(nodes[row]))
+        np.testing.assert_allclose(drawn[2][row], policy[token] if children else 0.0, atol=1e-12)
+        assert bool(children) == (token >= 0)
 
 
 def test_loads_what_a_prefix_trie_saves(tmp_path: Path) -> None:
@@ -127,6 +159,24 @@ def test_refuses_files_that_are_no_trie(tmp_path: Path) -> None:
             "temperature is 0.0",
         ),
         (lambda trie: trie.items(-1), ValueError, "node is -1"),
+        (lambda trie: trie.filter([[5]]), ValueError, "exclude has the item 5"),
+        (
+            lambda trie: trie.log_softmax(np.zeros((2, 7)), [0, 0], item_filter=trie.filter(rows=3)),
+            ValueError,
+            "item_filter has 3 rows",
+        ),
+        (
+            lambda trie: trie.log_softmax(
+                np.zeros((2, 7)), [0, 0], item_filter=NumpyTrie(ROWS).filter(rows=2)
+            ),
+            ValueError,
+            "item_filter is of another trie",
+        ),
+        (
+            lambda trie: trie.log_softmax(np.zeros((2, 7)), [0, 0], item_filter=[[0], [1]]),
+            TypeError,
+            "item_filter is a list",
+        ),
     ],
 )
 def test_bad_input_is_named(call: Any, error: type[Exception], message: str) -> None:

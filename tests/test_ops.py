@@ -34,6 +34,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gflowgr import PrefixTrie, ops
+from gflowgr.ops._filters import NO_FILTER
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -129,7 +130,7 @@ def test_columns_may_begin_at_another_token(backend: str, layout: str) -> None:
     results = []
     for logits, first_token in ((full, 0), (sliced, 13)):
         leaf = logits.detach().requires_grad_()
-        arguments = (trie.first_child, trie.token, trie.max_children, first_token, backend)
+        arguments = (trie.first_child, trie.token, trie.max_children, first_token, *NO_FILTER, backend)
         log_probs = torch.ops.gflowgr.trie_token_log_probs(leaf, tokens, start, *arguments)
         log_probs.backward(torch.tensor([1.0, -2.0], device=device, dtype=torch.float64).expand(3, 2))
         results.append((log_probs.detach(), leaf.grad))

@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -16,7 +16,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gflowgr import PrefixTrie, ops
+from gflowgr import ItemFilter, PrefixTrie, ops
+from gflowgr.ops._filters import NO_FILTER, arrays_of
 
 ROWS = [[1, 2, 5], [1, 3, -1], [4, -1, -1], [4, 5, 6], [4, 5, 6], [7, 0, -1], [7, 3, -1], [7, 9, -1]]
 WIDTH = 10
@@ -87,6 +88,9 @@ def _sample(x: Inputs, backend: str) -> Tensor:
 PUBLIC: dict[str, Callable[[Inputs, str], Tensor]] = {
     "trie_walk": lambda x, backend: ops.trie_walk(x.tokens, x.trie, backend=backend),
     "trie_log_softmax": lambda x, backend: ops.trie_log_softmax(x.logits, x.nodes, x.trie, backend=backend),
+    "trie_child_log_probs": lambda x, backend: ops.trie_child_log_probs(
+        x.logits, x.nodes, x.trie, backend=backend
+    ),
     "trie_token_log_probs": lambda x, backend: ops.trie_token_log_probs(
         x.logits, x.tokens, x.trie, backend=backend
     ),
@@ -120,6 +124,7 @@ PUBLIC: dict[str, Callable[[Inputs, str], Tensor]] = {
 DIRECT = (
     "trie_walk",
     "trie_log_softmax",
+    "trie_child_log_probs",
     "trie_token_log_probs",
     "trie_linear_token_log_probs",
     "trie_sample",
@@ -168,18 +173,27 @@ def arguments(name: str, backend: str, device: torch.device) -> tuple[Any, ...]:
     ranges = ([pair[side] for pair in x.trie.token_ranges] for side in (0, 1))
     head = (x.tokens, x.trie.walk(x.tokens), *kids, *ranges, 0, 0.5, 3.0)
     logits = x.logits.detach()
+    some = arrays_of(ItemFilter(trie_on(device), [[0, 6], [7]], allow=[0, 1, 2, 5, 6, 7]))
     return {
         "trie_walk": (x.tokens, start, *arrays, backend),
-        "trie_log_softmax": (x.logits, x.nodes, *kids, backend),
-        "trie_log_softmax_backward": (grads, dense, x.nodes, *kids, torch.bfloat16, backend),
-        "trie_token_log_probs": (x.logits, x.tokens, start, *kids, 0, backend),
-        "trie_token_log_probs_backward": (grad, logits, x.tokens, start, *kids, 0, backend),
+        "trie_log_softmax": (x.logits, x.nodes, *kids, *some, backend),
+        "trie_log_softmax_backward": (grads, dense, x.nodes, *kids, torch.bfloat16, *some, backend),
+        "trie_child_log_probs": (x.logits, x.nodes, *kids, 0, 3, *some, backend),
+        "trie_child_log_probs_backward": (
+            *(torch.randn(2, 3, 3, device=device), logits, x.nodes, *kids, 0, 3),
+            *(*some, backend),
+        ),
+        "trie_token_log_probs": (x.logits, x.tokens, start, *kids, 0, *some, backend),
+        "trie_token_log_probs_backward": (
+            *(grad, logits, x.tokens, start, *kids, 0),
+            *(*NO_FILTER, backend),
+        ),
         "trie_linear_token_log_probs": (x.hidden, x.weight, x.bias, *head, False, backend),
         "trie_linear_token_log_probs_backward": (
             *(grad, x.hidden.detach(), x.weight.detach(), x.bias.detach()),
             *(*head, False, [True, True, False], backend),
         ),
-        "trie_sample": (x.logits, x.nodes, *kids, uniform, 0.7, backend),
+        "trie_sample": (x.logits, x.nodes, *kids, uniform, 0.7, *some, backend),
         "trie_log_flows": (x.item_log_rewards, *items, backend),
         "trie_log_flows_backward": (torch.randn_like(flows), rewards, flows, *items, backend),
         "trajectory_balance": (x.log_probs, *each, x.mask, x.weights, backend),
@@ -258,6 +272,55 @@ def test_compiles_into_one_graph_for_every_batch_size(op: str, backend: str) -> 
         assert_same(run(compiled, x, backend), run(call, x, backend))
         compilations.append(counter.frame_count)
     # A first compilation may start over, where PyTorch turns a float into a constant.
+    assert compilations[0] in (1, 2)
+    assert compilations == compilations[:1] * 3
+
+
+FILTERED: dict[str, Callable[[Inputs, ItemFilter, str], Tensor]] = {
+    "trie_log_softmax": lambda x, f, backend: ops.trie_log_softmax(
+        x.logits, x.nodes, x.trie, item_filter=f, backend=backend
+    ),
+    "trie_child_log_probs": lambda x, f, backend: ops.trie_child_log_probs(
+        x.logits, x.nodes, x.trie, item_filter=f, backend=backend
+    ),
+    "trie_token_log_probs": lambda x, f, backend: ops.trie_token_log_probs(
+        x.logits, x.tokens, x.trie, item_filter=f, backend=backend
+    ),
+    "trie_sample": lambda x, f, backend: ops.trie_sample(
+        x.logits + 100.0 * torch.arange(WIDTH, device=x.logits.device),
+        x.nodes,
+        x.trie,
+        item_filter=f,
+        backend=backend,
+    )[2],
+}
+
+
+def _filtered(call: Callable[..., Tensor], item_filter: ItemFilter, x: Inputs, backend: str) -> Tensor:
+    return call(x, item_filter, backend)
+
+
+@pytest.mark.parametrize(
+    ("op", "backend"), [pair for pair in every_op_and_backend() if pair.values[0] in FILTERED]
+)
+# A filter may by chance hide as many nodes as something else has rows.
+@torch.fx.experimental._config.patch(use_duck_shape=False)
+def test_filters_compile_into_one_graph_for_every_batch_size(op: str, backend: str) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    call = FILTERED[op]
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=counter)
+    compilations = []
+    for batch in (6, 12, 14):
+        x = inputs(batch, device_of(backend), seed=batch)
+        exclude = [[number % 8] for number in range(batch)]
+        item_filter = ItemFilter(x.trie, exclude, allow=[0, 1, 2, 3, 5, 6, 7])
+        results = [
+            run(partial(_filtered, function, item_filter), x, backend) for function in (compiled, call)
+        ]
+        assert_same(*results)
+        compilations.append(counter.frame_count)
+    # As without a filter, a first compilation may start over.
     assert compilations[0] in (1, 2)
     assert compilations == compilations[:1] * 3
 
@@ -401,7 +464,7 @@ def test_the_core_refuses_other_memory() -> None:
     grad, kids = torch.zeros(2, 3, dtype=torch.float64), (*arrays, x.trie.max_children)
     with pytest.raises(TypeError, match=r"core needs torch\.float32"):
         torch.ops.gflowgr.trie_token_log_probs_backward(
-            grad, x.logits.detach(), x.tokens, start, *kids, 0, "cpp"
+            grad, x.logits.detach(), x.tokens, start, *kids, 0, *NO_FILTER, "cpp"
         )
 
 

@@ -7,6 +7,7 @@ from gflowgr.ops.flow_balance import detailed_balance, subtrajectory_balance
 from gflowgr.ops.flow_matching import flow_matching
 from gflowgr.ops.log_partition_variance import log_partition_variance, trie_log_partition_variance
 from gflowgr.ops.trajectory_balance import trajectory_balance, trie_trajectory_balance
+from gflowgr.ops.trie_child_log_probs import trie_child_log_probs
 from gflowgr.ops.trie_linear_token_log_probs import trie_linear_token_log_probs
 from gflowgr.ops.trie_log_flows import trie_log_flows
 from gflowgr.ops.trie_log_softmax import trie_log_softmax
@@ -20,6 +21,7 @@ __all__ = [
     "log_partition_variance",
     "subtrajectory_balance",
     "trajectory_balance",
+    "trie_child_log_probs",
     "trie_linear_token_log_probs",
     "trie_log_flows",
     "trie_log_partition_variance",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +22,15 @@ _INTEGERS = (
     torch.uint32,
     torch.uint64,
 )
+
+
+class CatalogueFilter(reference.RowFilter, Protocol):
+    """What the ops read of an `ItemFilter`."""
+
+    @property
+    def num_nodes(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
 
 
 class CatalogueTrie(reference.ItemTrie, Protocol):
@@ -107,6 +117,49 @@ def trie_for(trie: CatalogueTrie, device: torch.device, width: int | None = None
         raise ValueError(
             f"trie has the token {trie.max_token}, needs tokens below the vocabulary's size, {width}"
         )
+
+
+def at_least(name: str, value: Any, least: int) -> int:
+    """An integer that is not below `least`."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} is {value!r}, needs an integer")
+    if value < least:
+        raise ValueError(f"{name} is {value}, needs at least {least}")
+    return operator.index(value)
+
+
+def columns_for(trie: CatalogueTrie, first_token: int, columns: int) -> None:
+    """Checks that columns for the tokens from `first_token` on serve at least one depth of the trie."""
+    first_token = at_least("first_token", first_token, 0)
+    if not any(first_token <= low and high < first_token + columns for low, high in trie.token_ranges):
+        if not first_token:
+            trie_for(trie, trie.device, columns)
+        raise ValueError(
+            f"logits has columns for the tokens {first_token} .. {first_token + columns - 1}, needs those of "
+            f"at least one depth's range of tokens: {trie.token_ranges}"
+        )
+
+
+def filter_for(item_filter: CatalogueFilter | None, trie: CatalogueTrie, logits: Tensor, dims: int) -> None:
+    """Checks that `item_filter` is one for that trie, with a row for each index of the first dimension."""
+    if item_filter is None:
+        return
+    if not (hasattr(item_filter, "hidden_offsets") and hasattr(item_filter, "num_nodes")):
+        raise TypeError(f"item_filter is a {type(item_filter).__name__}, needs a gflowgr.ItemFilter")
+    if logits.dim() < dims:
+        raise ValueError(
+            f"logits has shape {tuple(logits.shape)}, needs at least {dims} dimensions with an item_filter"
+        )
+    if item_filter.num_rows != logits.shape[0]:
+        raise ValueError(
+            f"item_filter has {item_filter.num_rows} rows, needs {logits.shape[0]}, the first size of logits"
+        )
+    if item_filter.num_nodes != trie.num_nodes:
+        raise ValueError(
+            f"item_filter is of a trie of {item_filter.num_nodes} nodes, needs one of this trie, "
+            f"which has {trie.num_nodes}"
+        )
+    same_device("item_filter", item_filter, logits.device)
 
 
 def mask_like(mask: Any, like: Tensor) -> Tensor | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gflowgr import _core
+from gflowgr.ops._filters import NO_FILTER
 from gflowgr.ops._memory import zeros
 from gflowgr.reference import accumulation_dtype
 
@@ -31,6 +32,20 @@ def _trie(first_child: Tensor, token: Tensor) -> tuple[int, int, int]:
 
 def _items(first_item: Tensor, item_count: Tensor, item_order: Tensor, items: int) -> tuple[int, ...]:
     return (*(_address(array, torch.int32) for array in (first_item, item_count, item_order)), items)
+
+
+def _filter(row_filter: tuple[Tensor | None, ...]) -> tuple[int, ...]:
+    offsets, hidden, allowed, allowed_set = row_filter or NO_FILTER
+    if offsets is None:
+        return (0,) * 6
+    return (
+        _address(offsets, torch.int64),
+        _address(hidden, torch.int32),
+        _address(allowed, torch.int32),
+        _address(allowed_set, torch.int64),
+        offsets.numel() - 1,
+        0 if allowed is None else allowed.shape[1],
+    )
 
 
 def _logits(logits: Tensor, first_token: int = 0) -> tuple[int, ...]:
@@ -59,12 +74,18 @@ def trie_walk(tokens: Tensor, start: Tensor, first_child: Tensor, token: Tensor)
 
 
 def trie_log_softmax(
-    logits: Tensor, nodes: Tensor, first_child: Tensor, token: Tensor, max_children: int
+    logits: Tensor,
+    nodes: Tensor,
+    first_child: Tensor,
+    token: Tensor,
+    max_children: int,
+    *row_filter: Tensor | None,
 ) -> Tensor:
     nodes = nodes.contiguous()
     out = _sums(logits, logits.shape)
     _core.log_softmax(
         _trie(first_child, token),
+        _filter(row_filter),
         _logits(logits),
         _address(nodes, torch.int64),
         _address(out, out.dtype),
@@ -81,6 +102,7 @@ def trie_log_softmax_backward(
     token: Tensor,
     max_children: int,
     dtype: torch.dtype,
+    *row_filter: Tensor | None,
 ) -> Tensor:
     if grad.dtype != accumulation_dtype(dtype):
         raise TypeError(f"grad is {grad.dtype}, needs {accumulation_dtype(dtype)} for logits in {dtype}")
@@ -88,10 +110,61 @@ def trie_log_softmax_backward(
     grad_logits = zeros(grad.shape, dtype, grad.device)
     _core.log_softmax_backward(
         _trie(first_child, token),
+        _filter(row_filter),
         _logits(grad),
         _DTYPES[dtype],
         _address(log_probs, accumulation_dtype(dtype)),
         _address(nodes, torch.int64),
+        _address(grad_logits, grad_logits.dtype),
+        torch.get_num_threads(),
+    )
+    return grad_logits
+
+
+def trie_child_log_probs(
+    logits: Tensor,
+    nodes: Tensor,
+    first_child: Tensor,
+    token: Tensor,
+    max_children: int,
+    first_token: int,
+    width: int,
+    *row_filter: Tensor | None,
+) -> Tensor:
+    nodes = nodes.contiguous()
+    out = _sums(logits, torch.Size((*nodes.shape, width)))
+    _core.child_log_probs(
+        _trie(first_child, token),
+        _filter(row_filter),
+        _logits(logits, first_token),
+        _address(nodes, torch.int64),
+        width,
+        _address(out, out.dtype),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def trie_child_log_probs_backward(
+    grad: Tensor,
+    logits: Tensor,
+    nodes: Tensor,
+    first_child: Tensor,
+    token: Tensor,
+    max_children: int,
+    first_token: int,
+    width: int,
+    *row_filter: Tensor | None,
+) -> Tensor:
+    grad, nodes = grad.contiguous(), nodes.contiguous()
+    grad_logits = zeros(logits.shape, logits.dtype, logits.device)
+    _core.child_log_probs_backward(
+        _trie(first_child, token),
+        _filter(row_filter),
+        _logits(logits, first_token),
+        _address(nodes, torch.int64),
+        width,
+        _address(grad, accumulation_dtype(logits.dtype)),
         _address(grad_logits, grad_logits.dtype),
         torch.get_num_threads(),
     )
@@ -106,11 +179,13 @@ def trie_token_log_probs(
     token: Tensor,
     max_children: int,
     first_token: int,
+    *row_filter: Tensor | None,
 ) -> Tensor:
     tokens, start = tokens.contiguous(), start.contiguous()
     out = _sums(logits, tokens.shape)
     _core.token_log_probs(
         _trie(first_child, token),
+        _filter(row_filter),
         _logits(logits, first_token),
         _address(tokens, torch.int64),
         _address(start, torch.int64),
@@ -129,11 +204,13 @@ def trie_token_log_probs_backward(
     token: Tensor,
     max_children: int,
     first_token: int,
+    *row_filter: Tensor | None,
 ) -> Tensor:
     grad, tokens, start = grad.contiguous(), tokens.contiguous(), start.contiguous()
     grad_logits = zeros(logits.shape, logits.dtype, logits.device)
     _core.token_log_probs_backward(
         _trie(first_child, token),
+        _filter(row_filter),
         _logits(logits, first_token),
         _address(tokens, torch.int64),
         _address(start, torch.int64),
@@ -152,6 +229,7 @@ def trie_sample(
     max_children: int,
     uniform: Tensor,
     temperature: float,
+    *row_filter: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     nodes, uniform = nodes.contiguous(), uniform.contiguous()
     tokens, reached, log_probs = (
@@ -161,6 +239,7 @@ def trie_sample(
     )
     _core.sample(
         _trie(first_child, token),
+        _filter(row_filter),
         _logits(logits),
         _address(nodes, torch.int64),
         _address(uniform, torch.float64),

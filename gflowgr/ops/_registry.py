@@ -25,6 +25,7 @@ CPP_OPS = frozenset(
     {
         "trie_walk",
         "trie_log_softmax",
+        "trie_child_log_probs",
         "trie_token_log_probs",
         "trie_linear_token_log_probs",
         "trie_sample",

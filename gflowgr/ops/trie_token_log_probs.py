@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from gflowgr import reference
-from gflowgr.ops import _checks
+from gflowgr.ops import _checks, _filters
 from gflowgr.ops._registry import register, resolve_backend
 
 
@@ -17,6 +17,7 @@ def trie_token_log_probs(
     trie: _checks.CatalogueTrie,
     *,
     start: int | Tensor = 0,
+    item_filter: _checks.CatalogueFilter | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """log P_F of each token of item paths: log_softmax over the children of the node before it.
@@ -31,11 +32,13 @@ def trie_token_log_probs(
             not a child, and what follows it: log-prob -inf, gradient 0.
         trie: on the device of `logits`, tokens below V.
         start: the node before the first token, an int or integers (...).
+        item_filter: row b filters all of `logits[b]`, which has three dimensions or more: log_softmax over
+            the available children, and a token that leads to no available one is not a child.
         backend: "auto", "cpp", "triton" or "torch".
 
     Returns:
         (..., T) float32 (float64 for float64 logits), differentiable in `logits`. A forced token (an only
-        child) has log-prob exactly 0 and no gradient.
+        available child) has log-prob exactly 0 and no gradient.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, device or vocabulary.
@@ -45,10 +48,11 @@ def trie_token_log_probs(
     tokens = _checks.integers("tokens", tokens, logits.shape[:-1])
     _checks.same_device("tokens", tokens, logits.device)
     _checks.trie_for(trie, logits.device, logits.shape[-1])
+    _checks.filter_for(item_filter, trie, logits, 3)
     start = _checks.start_nodes(start, tokens)
     backend = resolve_backend(backend, "trie_token_log_probs", logits.device)
     if backend == "torch":
-        return reference.trie_token_log_probs(logits, tokens, trie, start)
+        return reference.trie_token_log_probs(logits, tokens, trie, start, 0, item_filter)
     paths = _checks.as_paths(logits)
     log_probs = _token_log_probs(
         paths,
@@ -58,45 +62,41 @@ def trie_token_log_probs(
         trie.token,
         trie.max_children,
         0,
+        *_filters.arrays_of(item_filter),
         backend,
     )
     return _checks.in_shape(log_probs, tokens.shape)
 
 
-def _fake(
-    logits: Tensor,
-    tokens: Tensor,
-    start: Tensor,
-    first_child: Tensor,
-    token: Tensor,
-    max_children: int,
-    first_token: int,
-    backend: str,
-) -> Tensor:
+def _fake(logits: Tensor, tokens: Tensor, *_: Any) -> Tensor:
     return logits.new_empty(tokens.shape, dtype=reference.accumulation_dtype(logits.dtype))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.max_children, ctx.first_token, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, ctx.max_children, ctx.first_token, offsets, hidden, allowed, sets, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, offsets, hidden, allowed, sets)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    logits, tokens, start, first_child, token, *row_filter = ctx.saved_tensors
     grad_logits = token_log_probs_backward(
-        grad, *ctx.saved_tensors, ctx.max_children, ctx.first_token, ctx.backend
+        *(grad, logits, tokens, start, first_child, token, ctx.max_children, ctx.first_token),
+        *row_filter,
+        ctx.backend,
     )
-    return grad_logits, None, None, None, None, None, None, None
+    return grad_logits, *[None] * 11
 
 
 _token_log_probs = register(
     "trie_token_log_probs(Tensor logits, Tensor tokens, Tensor start, Tensor first_child, Tensor token, "
-    "int max_children, int first_token, str backend) -> Tensor",
+    f"int max_children, int first_token, {_filters.SCHEMA}, str backend) -> Tensor",
     _fake,
     setup_context=_setup_context,
     backward=_backward,
 )
 token_log_probs_backward = register(
     "trie_token_log_probs_backward(Tensor grad, Tensor logits, Tensor tokens, Tensor start, "
-    "Tensor first_child, Tensor token, int max_children, int first_token, str backend) -> Tensor",
+    f"Tensor first_child, Tensor token, int max_children, int first_token, {_filters.SCHEMA}, "
+    "str backend) -> Tensor",
     lambda grad, logits, *_: logits.new_empty(logits.shape),
 )

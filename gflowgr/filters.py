@@ -1,0 +1,229 @@
+"""Which items each context must not get, in the form that every backend reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gflowgr.item_sets import WORD, Request, find_hidden, request
+from gflowgr.ops._checks import CatalogueTrie, trie_for
+
+try:
+    from gflowgr import _core
+except ImportError:
+    _core = None  # type: ignore[assignment]
+
+
+class ItemFilter:
+    """Exact filters of a batch: items that a context must not get, and those that it may get at all.
+
+    A child of a node is *available* to a row if an item that the row may get is at or under it. The ops that
+    take an `item_filter` sample and normalise over the available children, so a prefix whose items are all
+    filtered is gone at every depth, and a walk from the root that meets one available child at least never
+    ends at a prefix without. Building costs in proportion to the filter times the trie's depth.
+
+    Args:
+        trie: the catalogue. The filter serves this trie only, on its device.
+        exclude: what rows must not get (bought already): (B, E) integers, -1 pads, or a list of B lists.
+        allow: what rows may get (in stock, of a category): a set of items for all rows, a set for each row,
+            or `(sets, set_of_row)` with `set_of_row` (B,) integers, so that a few large sets serve many rows.
+            A set is a list or a tensor of items, or a tensor of bools (N,).
+        rows: B, where neither of them tells it.
+
+    Attributes:
+        num_rows: B.
+        hidden_offsets: int64 (B + 1,); row b's hidden nodes are
+            `hidden_nodes[hidden_offsets[b] : hidden_offsets[b + 1]]`.
+        hidden_nodes: int32, ascending in a row: the nodes with excluded items at or under them and no other
+            items that the row may get.
+        allowed: int32 (G, ceil(num_nodes / 32)), for each set a bit a node: an item of the set is at or
+            under it. None without `allow`.
+        allowed_set: int64 (B,), the set of each row; None without `allow`.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type or shape, or names an item that there is not.
+    """
+
+    hidden_offsets: Tensor
+    hidden_nodes: Tensor
+    allowed: Tensor | None
+    allowed_set: Tensor | None
+    _allowed_items: Tensor | None
+
+    # Tensors made in inference mode could not be saved for a backward pass.
+    @torch.inference_mode(False)
+    def __init__(
+        self, trie: CatalogueTrie, exclude: Any = None, allow: Any = None, rows: int | None = None
+    ) -> None:
+        device = getattr(trie, "device", torch.device("cpu"))
+        trie_for(trie, device)
+        asked = request(exclude, allow, rows, trie.num_items)
+        self.num_items, self.num_nodes = trie.num_items, trie.num_nodes
+        self._item_node = trie.item_node
+        self._excluded = torch.from_numpy(asked.excluded).to(device)
+        self.allowed = self._allowed_items = self.allowed_set = None
+        if asked.set_of_row is not None:
+            self.allowed_set = torch.from_numpy(asked.set_of_row).to(device)
+        if _core is None or device.type != "cpu":
+            self._find_hidden(trie, asked)
+            return
+        found = find_hidden(_core, *_addresses(trie), asked, torch.get_num_threads())
+        self.hidden_offsets = torch.from_numpy(found.hidden_offsets)
+        self.hidden_nodes = torch.from_numpy(found.hidden_nodes)
+        if found.allowed is not None and found.allowed_items is not None:
+            self.allowed = torch.from_numpy(found.allowed)
+            self._allowed_items = torch.from_numpy(found.allowed_items)
+
+    def _find_hidden(self, trie: CatalogueTrie, asked: Request) -> None:
+        """What the C++ core does for a trie on the CPU: by counting, which finds the same on any device."""
+        row, item = self._excluded // self.num_items, self._excluded % self.num_items
+        node = trie.item_node[item].long()
+        kept = node >= 0
+        sets: list[Tensor] | None = None
+        if asked.sets is not None:
+            sets = [torch.from_numpy(each).to(trie.device) for each in asked.sets]
+            self._allowed_items = _bits(sets, self.num_items, trie.device)
+            kept &= _bit(self._allowed_items, self._set_of(row), item)
+        excluded, left_out = _counts(row[kept], node[kept], trie)
+        row, node = excluded // self.num_nodes, excluded % self.num_nodes
+        total = trie.item_count[node].long()
+        if sets is not None:
+            nodes = []
+            for number, items in enumerate(sets):
+                ends = trie.item_node[items.unique()].long()
+                ends = ends[ends >= 0]
+                reached, count = _counts(torch.zeros_like(ends), ends, trie)
+                nodes.append(reached)
+                mine = self._set_of(row) == number
+                total[mine] = count[torch.searchsorted(reached, node[mine])]
+            self.allowed = _bits(nodes, self.num_nodes, trie.device)
+        hidden = left_out == total
+        bounds = torch.arange(asked.rows + 1, device=trie.device)
+        self.hidden_offsets = torch.searchsorted(row[hidden], bounds)
+        self.hidden_nodes = node[hidden].to(torch.int32)
+
+    def _set_of(self, row: Tensor) -> Tensor:
+        assert self.allowed_set is not None
+        return self.allowed_set[row]
+
+    @property
+    def num_rows(self) -> int:
+        # Of a tensor, so that what is compiled for one batch size serves others.
+        return self.hidden_offsets.shape[0] - 1
+
+    @property
+    def device(self) -> torch.device:
+        return self.hidden_nodes.device
+
+    def __repr__(self) -> str:
+        return (
+            f"ItemFilter(num_rows={self.num_rows}, hidden_nodes={self.hidden_nodes.numel()}, "
+            f"allowed_sets={0 if self.allowed is None else len(self.allowed)}, device={self.device})"
+        )
+
+    def hides(self, items: Tensor) -> Tensor:
+        """Which items the rows must not get: (B, K) integers -> (B, K) bool.
+
+        What is no item, such as -1, is hidden too. Reads nothing back to the host.
+        """
+        if items.dim() != 2 or items.shape[0] != self.num_rows:
+            raise ValueError(f"items has shape {tuple(items.shape)}, needs ({self.num_rows}, K)")
+        items = items.to(self.device, torch.int64)
+        inside = (items >= 0) & (items < self.num_items)
+        item = torch.where(inside, items, 0)
+        row = torch.arange(self.num_rows, device=self.device).unsqueeze(1)
+        key = row * self.num_items + item
+        sentinel = self._excluded.new_full((1,), -1)
+        hidden = torch.cat([self._excluded, sentinel])[torch.searchsorted(self._excluded, key)] == key
+        hidden |= ~inside | (self._item_node[item] < 0)
+        if self._allowed_items is not None and self.allowed_set is not None:
+            hidden |= ~_bit(self._allowed_items, self.allowed_set.unsqueeze(1), item)
+        return hidden
+
+    @torch.inference_mode(False)
+    def select(self, rows: Any) -> ItemFilter:
+        """The filter whose row i is this one's row `rows[i]`: (K,) integers, in any order, with repeats."""
+        rows = torch.as_tensor(rows, device=self.device)
+        if not rows.numel():
+            rows = rows.long()
+        if rows.is_floating_point() or rows.dtype == torch.bool or rows.dim() != 1:
+            raise TypeError(f"rows has dtype {rows.dtype}, shape {tuple(rows.shape)}, needs integers (K,)")
+        if bool(((rows < 0) | (rows >= self.num_rows)).any()):
+            raise ValueError(f"rows has an entry outside 0 .. {self.num_rows - 1}")
+        rows = rows.long()
+        chosen = self._like()
+        chosen.hidden_offsets, chosen.hidden_nodes = _gathered(self.hidden_offsets, self.hidden_nodes, rows)
+        bounds = torch.arange(self.num_rows + 1, device=self.device) * self.num_items
+        offsets, excluded = _gathered(torch.searchsorted(self._excluded, bounds), self._excluded, rows)
+        lengths = offsets[1:] - offsets[:-1]
+        row = torch.arange(rows.numel(), device=self.device).repeat_interleave(lengths)
+        chosen._excluded = row * self.num_items + excluded % self.num_items
+        chosen.allowed_set = None if self.allowed_set is None else self.allowed_set[rows]
+        return chosen
+
+    @torch.inference_mode(False)
+    def to(self, device: torch.device | str) -> ItemFilter:
+        """The same filter on another device; itself when it is there already."""
+        if torch.device(device) == self.device:
+            return self
+        moved = self._like()
+        for name, value in vars(self).items():
+            setattr(moved, name, value.to(device) if isinstance(value, Tensor) else value)
+        return moved
+
+    def _like(self) -> ItemFilter:
+        other = object.__new__(ItemFilter)
+        other.__dict__.update(self.__dict__)
+        return other
+
+
+def _addresses(trie: CatalogueTrie) -> tuple[tuple[int, int, int], tuple[int, ...]]:
+    """A trie and its items as the C++ core takes them."""
+    items = (trie.first_item, trie.item_count, trie.item_order, trie.item_node)
+    arrays = (trie.first_child.data_ptr(), trie.token.data_ptr(), trie.num_nodes)
+    return arrays, (*(each.data_ptr() for each in items), trie.num_items)
+
+
+def _ancestors(row: Tensor, node: Tensor, trie: CatalogueTrie) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs of a row and a node, then those of the parents, up to the root."""
+    while node.numel():
+        yield row, node
+        node = trie.parent[node].long()
+        row, node = row[node >= 0], node[node >= 0]
+
+
+def _counts(row: Tensor, end: Tensor, trie: CatalogueTrie) -> tuple[Tensor, Tensor]:
+    """row * num_nodes + node, ascending, of all nodes at or above the ends of items, and how often each."""
+    keys = [row * trie.num_nodes + node for row, node in _ancestors(row, end, trie)]
+    keys = keys or [end.new_zeros(0)]
+    found, count = torch.cat(keys).unique(return_counts=True)
+    return found, count
+
+
+def _bits(sets: list[Tensor], size: int, device: torch.device) -> Tensor:
+    """The bit sets, int32 (G, ceil(size / 32)), of members of 0 .. size - 1."""
+    words = torch.zeros(len(sets), -(-size // WORD), dtype=torch.int32, device=device)
+    places = torch.arange(WORD, device=device)
+    for word, members in zip(words, sets, strict=True):
+        flags = torch.zeros(word.numel() * WORD, dtype=torch.int64, device=device)
+        flags[members] = 1
+        value = (flags.view(-1, WORD) << places).sum(1)
+        # The highest bit is an int32's sign.
+        word.copy_(torch.where(value >= 2**31, value - 2**32, value))
+    return words
+
+
+def _bit(words: Tensor, index: Tensor, member: Tensor) -> Tensor:
+    """Whether `member` is in the bit set `words[index]`."""
+    return (words[index, member // WORD] >> (member % WORD)) & 1 == 1
+
+
+def _gathered(offsets: Tensor, values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The offsets and the values of some rows of ragged ones."""
+    lengths = (offsets[1:] - offsets[:-1])[rows]
+    new = torch.cat([offsets.new_zeros(1), lengths.cumsum(0)])
+    shift = (offsets[rows] - new[:-1]).repeat_interleave(lengths)
+    return new, values[torch.arange(shift.numel(), device=values.device) + shift]

@@ -1,0 +1,197 @@
+"""Items as callers name them (lists, padded arrays and tensors, masks) as checked arrays; needs no torch."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Bits of a word of a bit set.
+WORD = 32
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a caller asks of a filter: its rows, what they must not get, what they may.
+
+    `excluded` is row * num_items + item, ascending and without repeats; without `sets`, every item is allowed.
+    """
+
+    rows: int
+    excluded: NDArray[np.int64]
+    sets: list[NDArray[np.int64]] | None
+    set_of_row: NDArray[np.int64] | None
+
+
+@dataclass(frozen=True)
+class FilterArrays:
+    """What kernels read of a filter, and the bits of each set's items; None without sets."""
+
+    hidden_offsets: NDArray[np.int64]
+    hidden_nodes: NDArray[np.int32]
+    allowed: NDArray[np.int32] | None
+    allowed_items: NDArray[np.int32] | None
+
+
+def request(exclude: Any, allow: Any, rows: int | None, num_items: int) -> Request:
+    """The arguments of a filter, checked.
+
+    Raises:
+        TypeError, ValueError: one of them is of no such form, names an item out of range, or has other rows.
+    """
+    counts: dict[str, int] = {} if rows is None else {"rows": _count(rows)}
+    excluded = np.zeros(0, dtype=np.int64)
+    if exclude is not None:
+        row, item, counts["exclude"] = _rows_of_items("exclude", _plain(exclude), num_items)
+        excluded = np.unique(row * num_items + item)
+    sets = set_of_row = None
+    if allow is not None:
+        sets, set_of_row = _item_sets("allow", _plain(allow), num_items)
+        if set_of_row is not None:
+            counts["allow"] = set_of_row.size
+    if not counts:
+        raise ValueError("rows is None, needs the number of rows, which neither exclude nor allow tells")
+    if len(set(counts.values())) > 1:
+        found = ", ".join(f"{name} has {count} rows" for name, count in counts.items())
+        raise ValueError(f"{found}; needs the same number")
+    number = next(iter(counts.values()))
+    if sets is not None and set_of_row is None:
+        set_of_row = np.zeros(number, dtype=np.int64)
+    return Request(number, excluded, sets, set_of_row)
+
+
+def find_hidden(
+    core: ModuleType,
+    trie: tuple[int, int, int],
+    ending: tuple[int, ...],
+    asked: Request,
+    threads: int,
+) -> FilterArrays:
+    """A filter's arrays by the C++ core, which takes a trie and its items as addresses and sizes."""
+    allowed = allowed_items = None
+    of_row: list[tuple[int, int]] = []
+    if asked.sets is not None and asked.set_of_row is not None:
+        allowed_items = no_bits(len(asked.sets), ending[-1])
+        allowed = no_bits(len(asked.sets), trie[-1])
+        bits = [
+            (items.ctypes.data, nodes.ctypes.data)
+            for items, nodes in zip(allowed_items, allowed, strict=True)
+        ]
+        for members, addresses in zip(asked.sets, bits, strict=True):
+            core.allow(trie, ending, members.ctypes.data, members.size, *addresses)
+        of_row = [bits[number] for number in asked.set_of_row]
+    offsets = np.searchsorted(asked.excluded, np.arange(asked.rows + 1) * ending[-1])
+    hidden_offsets, hidden_nodes = core.hidden_nodes(
+        trie, ending, offsets.ctypes.data, asked.excluded.ctypes.data, asked.rows, of_row, threads
+    )
+    return FilterArrays(hidden_offsets, hidden_nodes, allowed, allowed_items)
+
+
+def no_bits(sets: int, size: int) -> NDArray[np.int32]:
+    return np.zeros((sets, -(-size // WORD)), dtype=np.int32)
+
+
+def _plain(given: Any) -> Any:
+    """Tensors as arrays, also those in a list or a tuple."""
+    if isinstance(given, (list, tuple)) and len(given) and not isinstance(given[0], (int, np.integer)):
+        return type(given)(_plain(each) for each in given)
+    if not hasattr(given, "detach"):
+        return given
+    # NumPy has no bfloat16; that it is no integer is said below.
+    return (given.detach().double() if given.is_floating_point() else given).cpu().numpy()
+
+
+def _rows_of_items(name: str, given: Any, num_items: int) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
+    """The rows and the items of every entry of (B, E) integers, or of B lists of items, and B."""
+    if isinstance(given, np.ndarray):
+        if given.ndim != 2:
+            raise ValueError(f"{name} has shape {given.shape}, needs (B, E) or a list of B lists of items")
+        count, width = given.shape
+        items = _item_ids(name, given.reshape(-1), num_items, padded=True)
+        lengths = np.full(count, width)
+    else:
+        if not _is_list(given):
+            kind = type(given).__name__
+            raise TypeError(f"{name} is a {kind}, needs (B, E) integers or a list of lists of items")
+        lists = [each.tolist() if isinstance(each, np.ndarray) else each for each in given]
+        for i, each in enumerate(lists):
+            if not _is_list(each):
+                raise TypeError(f"{name}[{i}] is a {type(each).__name__}, needs a list of items")
+        count = len(lists)
+        items = _item_ids(name, list(chain.from_iterable(lists)), num_items, padded=True)
+        lengths = np.array([len(each) for each in lists], dtype=np.int64)
+    rows = np.repeat(np.arange(count), lengths)
+    return rows[items >= 0], items[items >= 0], count
+
+
+def _item_sets(
+    name: str, given: Any, num_items: int
+) -> tuple[list[NDArray[np.int64]], NDArray[np.int64] | None]:
+    """Item sets, each as ids, and the set of each row; None where one set serves every row."""
+    if isinstance(given, tuple):
+        if len(given) != 2:
+            raise TypeError(f"{name} is a tuple of {len(given)}, needs (sets, the set of each row)")
+        sets = [_item_ids(f"{name}[0][{i}]", each, num_items) for i, each in enumerate(given[0])]
+        return sets, _set_numbers(f"{name}[1]", given[1], len(sets))
+    if not (isinstance(given, np.ndarray) or _is_list(given)):
+        kind = type(given).__name__
+        raise TypeError(f"{name} is a {kind}, needs items, a mask, or one of them for each row")
+    if isinstance(given, np.ndarray) and given.ndim not in (1, 2):
+        raise ValueError(f"{name} has shape {given.shape}, needs one dimension for a set, two for rows")
+    first = given[0] if len(given) else 0
+    if not (_is_list(first) or np.ndim(first)):
+        return [_item_ids(name, given, num_items)], None
+    sets = [_item_ids(f"{name}[{i}]", each, num_items) for i, each in enumerate(given)]
+    return sets, np.arange(len(sets))
+
+
+def _item_ids(name: str, given: Any, num_items: int, *, padded: bool = False) -> NDArray[np.int64]:
+    """Ids (n,), in which -1 is padding, or a mask (num_items,); `padded` keeps the -1 and takes no mask."""
+    values = np.asarray(given)
+    if values.ndim != 1:
+        raise ValueError(f"{name} has shape {values.shape}, needs one dimension")
+    if values.dtype.kind == "b" and not padded:
+        if values.size != num_items:
+            raise ValueError(f"{name} is a mask of {values.size} items, needs {num_items}")
+        return np.flatnonzero(values)
+    if values.size and values.dtype.kind not in "iu":
+        needed = "integers" if padded else "integers or a mask of bools"
+        raise TypeError(f"{name} has dtype {values.dtype}, needs {needed}")
+    wrong = (values < -1) | (values >= num_items)
+    if wrong.any():
+        item = values[wrong][0]
+        raise ValueError(f"{name} has the item {item}, needs 0 .. {num_items - 1}, or -1 for padding")
+    values = values.astype(np.int64)
+    return np.ascontiguousarray(values if padded else values[values >= 0])
+
+
+def _set_numbers(name: str, given: Any, sets: int) -> NDArray[np.int64]:
+    values = np.asarray(given)
+    if values.size and values.dtype.kind not in "iu":
+        raise TypeError(f"{name} has dtype {values.dtype}, needs integers")
+    if values.ndim != 1:
+        raise ValueError(f"{name} has shape {values.shape}, needs (B,)")
+    wrong = (values < 0) | (values >= sets)
+    if wrong.any():
+        raise ValueError(f"{name} has the set {values[wrong][0]}, needs 0 .. {sets - 1}")
+    return values.astype(np.int64)
+
+
+def _is_list(given: Any) -> bool:
+    return isinstance(given, Sequence) and not isinstance(given, str)
+
+
+def _count(rows: int) -> int:
+    try:
+        count = operator.index(rows)
+    except TypeError as error:
+        raise TypeError(f"rows is {rows!r}, needs an integer") from error
+    if count < 0:
+        raise ValueError(f"rows is {count}, needs at least 0")
+    return count
