@@ -12,15 +12,23 @@ import os
 import pickle
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gflowgr import ops
+from gflowgr.filters import ItemFilter
 from gflowgr.trie import PrefixTrie
 
 TRIE_VARIABLE, EOS_VARIABLE = "GFLOWGR_TRIE", "GFLOWGR_EOS"
+
+
+class Wish(NamedTuple):
+    """What a request must not get, and what it may get at all: items; `allow` None allows every item."""
+
+    exclude: tuple[int, ...] = ()
+    allow: tuple[int, ...] | None = None
 
 
 class CatalogueConstraint:
@@ -42,13 +50,38 @@ class CatalogueConstraint:
         self.trie, self.eos = trie, eos
         # Engines keep what was written on the host.
         self._walked, self._on = trie.to("cpu"), {trie.device: trie}
+        self._filtered: tuple[object, ItemFilter | None] = (None, None)
 
-    def log_probs(self, logits: Tensor, written: Sequence[Sequence[int]]) -> Tensor:
-        """log P_F of the next token of each row; all on `eos` at a leaf and off the trie.
+    def wish(self, parameters: Mapping[str, Any]) -> Wish:
+        """What a request's parameters `gflowgr_exclude` and `gflowgr_allow` (lists of items) ask for.
+
+        Raises:
+            ValueError: one of them is no list of items of the catalogue.
+        """
+        lists = []
+        for name in ("gflowgr_exclude", "gflowgr_allow"):
+            items = parameters.get(name)
+            if items is not None:
+                is_list = isinstance(items, (list, tuple))
+                if not is_list or not all(
+                    type(item) is int and 0 <= item < self.trie.num_items for item in items
+                ):
+                    raise ValueError(
+                        f"{name} is {items!r}, needs a list of items, 0 .. {self.trie.num_items - 1}"
+                    )
+                items = tuple(items)
+            lists.append(items)
+        return Wish(lists[0] or (), lists[1])
+
+    def log_probs(
+        self, logits: Tensor, written: Sequence[Sequence[int]], wishes: Sequence[Wish] | None = None
+    ) -> Tensor:
+        """log P_F of the next token of each row; `eos` where no item is left below it: at a leaf, off the trie.
 
         Args:
             logits: (R, V), tokens of the trie and `eos` below V.
             written: the tokens that each of the R rows has written of its item.
+            wishes: R, what to filter from each row's policy; nothing by default.
 
         Returns:
             (R, V) float32 (float64 for float64 logits), -inf for tokens that lead to no item. Dividing by a
@@ -65,12 +98,26 @@ class CatalogueConstraint:
             )
         trie = self._on.setdefault(logits.device, self.trie.to(logits.device))
         nodes = self.nodes(written)
-        leaves = self._walked.first_child[nodes + 1] == self._walked.first_child[nodes.clamp(min=0)]
-        ended = (leaves | (nodes < 0)).nonzero().squeeze(1).to(logits.device)
-        log_probs = ops.trie_log_softmax(logits, nodes.to(logits.device), trie)
-        log_probs[ended] = -torch.inf
-        log_probs[ended, self.eos] = 0.0
+        item_filter = None if wishes is None else self._filter(tuple(wishes), trie)
+        log_probs = ops.trie_log_softmax(logits, nodes.to(logits.device), trie, item_filter=item_filter)
+        ended = log_probs.isneginf().all(1)
+        log_probs[:, self.eos] = torch.where(ended, 0.0, log_probs[:, self.eos])
         return log_probs
+
+    def _filter(self, wishes: tuple[Wish, ...], trie: PrefixTrie) -> ItemFilter | None:
+        """The rows' filter; a batch asks for the same one until a request comes or goes."""
+        if self._filtered[0] != (wishes, trie.device):
+            item_filter = None
+            if any(wish != Wish() for wish in wishes):
+                sets = list(dict.fromkeys(wish.allow for wish in wishes))
+                allow = None
+                if sets != [None]:
+                    every = torch.ones(trie.num_items, dtype=torch.bool)
+                    members = [every if items is None else list(items) for items in sets]
+                    allow = (members, [sets.index(wish.allow) for wish in wishes])
+                item_filter = ItemFilter(trie, [list(wish.exclude) for wish in wishes], allow)
+            self._filtered = ((wishes, trie.device), item_filter)
+        return self._filtered[1]
 
     def nodes(self, written: Sequence[Sequence[int]]) -> Tensor:
         """The node at which each row stands, -1 off the trie: int64 (R,), on the host."""
@@ -122,7 +169,8 @@ class SGLangTrieProcessor:
     ) -> Tensor:
         """Log-probs in the place of the logits (R, V) of those requests that ask for the processor.
 
-        SGLang puts the request itself under "__req__" among each row's parameters.
+        SGLang puts the request itself under "__req__" among each row's parameters; `gflowgr_exclude` and
+        `gflowgr_allow` among them filter that row.
 
         Raises:
             ValueError: a row comes without its request, or see `CatalogueConstraint.log_probs`.
@@ -133,8 +181,10 @@ class SGLangTrieProcessor:
                 f"custom_param_list has {len(rows)} entries for {logits.shape[0]} rows, needs one for each, "
                 "with its request under '__req__'; speculative decoding is not supported"
             )
+        constraint = configured()
         written = [row["__req__"].output_ids for row in rows if row]
-        return logits.copy_(configured().log_probs(logits, written))
+        wishes = [constraint.wish(row) for row in rows if row]
+        return logits.copy_(constraint.log_probs(logits, written, wishes))
 
     @classmethod
     def to_str(cls) -> str:

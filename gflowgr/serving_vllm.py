@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gflowgr.serving import configured
+from gflowgr.serving import CatalogueConstraint, Wish, configured
 
 try:
     _Base: Any = importlib.import_module("vllm.v1.sample.logits_processor").LogitsProcessor
@@ -20,6 +20,8 @@ except ImportError:
 class TrieLogitsProcessor(_Base):
     """Keeps the requests that ask for it (`extra_args={"gflowgr": 1}`) on the catalogue's trie.
 
+    `gflowgr_exclude` and `gflowgr_allow` beside it, lists of items, filter that request alone.
+
     It follows `vllm.v1.sample.logits_processor.LogitsProcessor`: one object serves the whole batch, and rows
     are added, removed and moved through `update_state`.
     """
@@ -27,12 +29,12 @@ class TrieLogitsProcessor(_Base):
     def __init__(self, vllm_config: Any, device: Any, is_pin_memory: bool) -> None:
         self._constraint = configured()
         # vLLM appends to these lists itself.
-        self._written: dict[int, Sequence[int]] = {}
+        self._rows: dict[int, tuple[Sequence[int], Wish]] = {}
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
         """Raises ValueError for a request that this processor cannot serve."""
-        _asks(sampling_params)
+        _wish(sampling_params, configured())
 
     def is_argmax_invariant(self) -> bool:
         """Greedy decoding has to stay on the trie, too."""
@@ -43,17 +45,18 @@ class TrieLogitsProcessor(_Base):
         if batch_update is None:
             return
         for row in batch_update.removed:
-            self._written.pop(row, None)
+            self._rows.pop(row, None)
         for row, sampling_params, _, written in batch_update.added:
-            self._written.pop(row, None)
-            if _asks(sampling_params):
-                self._written[row] = written
+            self._rows.pop(row, None)
+            wish = _wish(sampling_params, self._constraint)
+            if wish is not None:
+                self._rows[row] = (written, wish)
         for source, target, direction in batch_update.moved:
-            moved, replaced = self._written.pop(source, None), self._written.pop(target, None)
+            moved, replaced = self._rows.pop(source, None), self._rows.pop(target, None)
             if moved is not None:
-                self._written[target] = moved
+                self._rows[target] = moved
             if replaced is not None and direction.name == "SWAP":
-                self._written[source] = replaced
+                self._rows[source] = replaced
 
     def apply(self, logits: Tensor) -> Tensor:
         """Log-probs in the place of the logits, in the rows that ask for it.
@@ -61,15 +64,18 @@ class TrieLogitsProcessor(_Base):
         Raises:
             ValueError: see `CatalogueConstraint.log_probs`.
         """
-        if self._written:
-            rows = list(self._written)
-            log_probs = self._constraint.log_probs(logits[rows], list(self._written.values()))
+        if self._rows:
+            rows = list(self._rows)
+            written, wishes = zip(*self._rows.values(), strict=True)
+            log_probs = self._constraint.log_probs(logits[rows], written, wishes)
             logits[rows] = log_probs.to(logits.dtype)
         return logits
 
 
-def _asks(sampling_params: Any) -> bool:
-    wish = (sampling_params.extra_args or {}).get("gflowgr", False)
-    if wish not in (0, 1):
-        raise ValueError(f"gflowgr is {wish!r}, needs 0 or 1")
-    return bool(wish)
+def _wish(sampling_params: Any, constraint: CatalogueConstraint) -> Wish | None:
+    """What a request asks for, None if it does not ask for the catalogue."""
+    parameters = sampling_params.extra_args or {}
+    asks = parameters.get("gflowgr", 0)
+    if asks not in (0, 1):
+        raise ValueError(f"gflowgr is {asks!r}, needs 0 or 1")
+    return constraint.wish(parameters) if asks else None

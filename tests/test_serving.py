@@ -41,26 +41,38 @@ def logits_after(request: int, written: list[int]) -> torch.Tensor:
     return 3 * torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(seed))
 
 
-def allowed_after(written: list[int]) -> list[int]:
-    """By search through the catalogue's rows."""
+def allowed_after(written: list[int], left: set[int]) -> list[int]:
+    """By search through the rows of the items that are left."""
     n = len(written)
-    rows = [[token for token in row if token >= 0] for row in ROWS]
+    rows = [[token for token in row if token >= 0] for item, row in enumerate(ROWS) if item in left]
     follow = sorted({row[n] for row in rows if row[:n] == written and len(row) > n})
     return follow or [EOS]
 
 
-def expected(logits: torch.Tensor, written: list[int]) -> torch.Tensor:
+ALL = set(range(len(ROWS)))
+
+
+def expected(logits: torch.Tensor, written: list[int], left: set[int] = ALL) -> torch.Tensor:
     out = torch.full_like(logits, -torch.inf)
-    allowed = allowed_after(written)
+    allowed = allowed_after(written, left)
     out[allowed] = logits[allowed].double().log_softmax(0).to(logits.dtype)
     return out
 
 
-def decode_plainly(request: int) -> list[int]:
+def decode_plainly(request: int, left: set[int] = ALL) -> list[int]:
     written: list[int] = []
     while not written or written[-1] != EOS:
-        written.append(int(expected(logits_after(request, written), written).argmax()))
+        written.append(int(expected(logits_after(request, written), written, left).argmax()))
     return written
+
+
+ITEMS = st.lists(st.integers(0, len(ROWS) - 1), max_size=5)
+# The parameters of a request, None for one that does not ask for the catalogue.
+REQUESTS = st.none() | st.fixed_dictionaries({}, optional={"gflowgr_exclude": ITEMS, "gflowgr_allow": ITEMS})
+
+
+def left_by(parameters: dict[str, list[int]]) -> set[int]:
+    return set(parameters.get("gflowgr_allow", ALL)) - set(parameters.get("gflowgr_exclude", ()))
 
 
 class Direction(Enum):
@@ -78,9 +90,9 @@ class BatchUpdate(NamedTuple):
 class FakeVllm:
     """The persistent batch of vLLM's v1 engine around one processor, greedy."""
 
-    def __init__(self, constrained: list[bool], slots: int) -> None:
+    def __init__(self, requests: list[dict[str, list[int]] | None], slots: int) -> None:
         self.processor = TrieLogitsProcessor(None, torch.device("cpu"), False)
-        self.waiting = list(enumerate(constrained))
+        self.waiting = list(enumerate(requests))
         self.slots, self.batch = slots, []
         self.finished: dict[int, list[int]] = {}
 
@@ -97,10 +109,12 @@ class FakeVllm:
         added, moved = [], []
         free = sorted(done)
         while self.waiting and (free or len(batch) < self.slots):
-            request, constrained = self.waiting.pop(0)
+            request, parameters = self.waiting.pop(0)
             slot = free.pop(0) if free else len(batch)
-            params = SimpleNamespace(extra_args={"gflowgr": 1} if constrained else None)
-            entry = (request, constrained, [])
+            extra_args = None if parameters is None else {"gflowgr": 1, **parameters}
+            params = SimpleNamespace(extra_args=extra_args)
+            TrieLogitsProcessor.validate_params(params)
+            entry = (request, parameters, [])
             if slot == len(batch):
                 batch.append(entry)
             else:
@@ -128,8 +142,8 @@ class FakeVllm:
         logits = torch.stack([logits_after(request, written) for request, _, written in batch])
         before = logits.clone()
         out = self.processor.apply(logits)
-        for (_, constrained, written), row, raw in zip(batch, out, before, strict=True):
-            want = expected(raw, written) if constrained else raw
+        for (_, parameters, written), row, raw in zip(batch, out, before, strict=True):
+            want = raw if parameters is None else expected(raw, written, left_by(parameters))
             torch.testing.assert_close(row, want)
             written.append(int(row.argmax()))
 
@@ -139,14 +153,14 @@ def ends(written: list[int]) -> bool:
 
 
 @settings(max_examples=60)
-@given(st.data(), st.lists(st.booleans(), min_size=1, max_size=9), st.integers(1, 4))
-def test_vllm_batches(data: st.DataObject, constrained: list[bool], slots: int) -> None:
-    engine = FakeVllm(constrained, slots)
+@given(st.data(), st.lists(REQUESTS, min_size=1, max_size=9), st.integers(1, 4))
+def test_vllm_batches(data: st.DataObject, requests: list[dict[str, list[int]] | None], slots: int) -> None:
+    engine = FakeVllm(requests, slots)
     engine.run(data.draw)
-    assert set(engine.finished) == set(range(len(constrained)))
-    for request, wish in enumerate(constrained):
-        if wish:
-            assert engine.finished[request] == decode_plainly(request)
+    assert set(engine.finished) == set(range(len(requests)))
+    for request, parameters in enumerate(requests):
+        if parameters is not None:
+            assert engine.finished[request] == decode_plainly(request, left_by(parameters))
 
 
 def sglang_step(processor: Any, logits: torch.Tensor, mask: torch.Tensor, params: list[Any]) -> None:
@@ -158,6 +172,13 @@ def sglang_step(processor: Any, logits: torch.Tensor, mask: torch.Tensor, params
 def test_sglang_batches() -> None:
     requests = [SimpleNamespace(output_ids=[]) for _ in range(5)]
     mask = torch.tensor([True, False, True, True, True])
+    wishes: list[dict[str, Any]] = [
+        {},
+        {},
+        {"gflowgr_exclude": [0, 6, 3]},
+        {"gflowgr_allow": [2, 5]},
+        {"gflowgr_allow": []},
+    ]
     text = SGLangTrieProcessor.to_str()
     while not all(ends(request.output_ids) for request in requests):
         live = [n for n, request in enumerate(requests) if not ends(request.output_ids)]
@@ -165,14 +186,14 @@ def test_sglang_batches() -> None:
         raw = logits.clone()
         # The server makes the processor from its text.
         processor = pickle.loads(bytes.fromhex(json.loads(text)["callable"]))()
-        params = [{"__req__": requests[n]} for n in live]
+        params = [{"__req__": requests[n], **wishes[n]} for n in live]
         sglang_step(processor, logits, mask[live], params)
         for n, row, before in zip(live, logits, raw, strict=True):
-            want = expected(before, requests[n].output_ids) if mask[n] else before
+            want = expected(before, requests[n].output_ids, left_by(wishes[n])) if mask[n] else before
             torch.testing.assert_close(row, want)
             requests[n].output_ids.append(int(row.argmax()))
     for n in mask.nonzero().squeeze(1).tolist():
-        assert requests[n].output_ids == decode_plainly(n)
+        assert requests[n].output_ids == decode_plainly(n, left_by(wishes[n]))
 
 
 def test_every_item_can_be_written_and_nothing_else() -> None:
@@ -233,6 +254,10 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         CatalogueConstraint(PrefixTrie(ROWS), True)
     with pytest.raises(ValueError, match="gflowgr is 'yes', needs 0 or 1"):
         TrieLogitsProcessor.validate_params(SimpleNamespace(extra_args={"gflowgr": "yes"}))
+    for name in ("gflowgr_exclude", "gflowgr_allow"):
+        for items in ([7], [-1], 3, [True], ["a"]):
+            with pytest.raises(ValueError, match=rf"{name} is .* needs a list of items, 0 \.\. 6"):
+                TrieLogitsProcessor.validate_params(SimpleNamespace(extra_args={"gflowgr": 1, name: items}))
     with pytest.raises(ValueError, match="custom_param_list has 1 entries for 1 rows"):
         SGLangTrieProcessor()(torch.zeros(1, VOCABULARY), [{}])
     with pytest.raises(ValueError, match="custom_param_list has 0 entries for 1 rows"):
