@@ -76,7 +76,7 @@ class CatalogueConstraint:
     def log_probs(
         self, logits: Tensor, written: Sequence[Sequence[int]], wishes: Sequence[Wish] | None = None
     ) -> Tensor:
-        """log P_F of the next token of each row; `eos` where no item is left below it: at a leaf, off the trie.
+        """log P_F of the next token of each row; `eos` where no item is left below: at a leaf, off the trie.
 
         Args:
             logits: (R, V), tokens of the trie and `eos` below V.

@@ -14,7 +14,8 @@ share=$((seconds / (${#harnesses[@]} + 1)))
 command -v clang++ >/dev/null || { echo "clang++ is needed, with its libFuzzer" >&2; exit 1; }
 
 objects=()
-for source in csrc/build.cpp csrc/exponentials.cpp csrc/parallel.cpp; do
+for source in csrc/*.cpp; do
+  [[ $source == */bindings.cpp ]] && continue
   objects+=("$work/$(basename "$source").o")
   clang++ -std=c++20 -O1 -g -Wno-psabi -fsanitize=fuzzer-no-link,address,undefined -fno-sanitize-recover=undefined \
     -c "$source" -o "${objects[-1]}"

@@ -7,7 +7,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-sources=(tests/fuzz/threads.cpp csrc/build.cpp csrc/exponentials.cpp csrc/parallel.cpp)
+sources=(tests/fuzz/threads.cpp)
+for source in csrc/*.cpp; do
+  [[ $source == */bindings.cpp ]] || sources+=("$source")
+done
 
 address() {
   echo "== ASan and UBSan: build"

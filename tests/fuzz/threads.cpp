@@ -79,8 +79,8 @@ void read_once(const Catalogue& now) {
   const Logits<float> all{logits.data(), 64, 1, width, width, width, 1, 0};
   const std::vector<std::int64_t> second(64, 1);
   const std::vector<double> uniform(64, 0.5);
-  sample(trie, all, second.data(), uniform.data(), 1.0, tokens.data(), reached.data(), log_probs.data(), 2);
-  log_softmax(trie, all, second.data(), dense.data(), 2);
+  sample(trie, NoFilter{}, all, second.data(), uniform.data(), 1.0, tokens.data(), reached.data(), log_probs.data(), 2);
+  log_softmax(trie, NoFilter{}, all, second.data(), dense.data(), 2);
   for (const std::int64_t node : reached) require(node >= 2 && node < 66, "a draw ends at a child");
 
   const ItemTrie tree{trie, now.arrays.first_item.data(), now.arrays.item_count.data(), now.arrays.item_order.data(),
