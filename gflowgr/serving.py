@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gflowgr import ops
@@ -48,8 +49,7 @@ class CatalogueConstraint:
         if eos < 0:
             raise ValueError(f"eos is {eos}, needs a token, 0 or above")
         self.trie, self.eos = trie, eos
-        # Engines keep what was written on the host.
-        self._walked, self._on = trie.to("cpu"), {trie.device: trie}
+        self._on = {trie.device: trie}
         self._filtered: tuple[object, ItemFilter | None] = (None, None)
 
     def wish(self, parameters: Mapping[str, Any]) -> Wish:
@@ -90,19 +90,48 @@ class CatalogueConstraint:
         Raises:
             ValueError: a shape or the vocabulary does not fit, or a row holds a placeholder for a token.
         """
-        if logits.dim() != 2 or logits.shape[0] != len(written):
-            raise ValueError(f"logits has shape {tuple(logits.shape)}, needs ({len(written)}, V)")
+        lengths = [min(len(tokens), self.longest) for tokens in written]
+        paths = torch.full((len(written), max(lengths, default=0)), -1)
+        for row, tokens in enumerate(written):
+            path = torch.as_tensor(tokens[: lengths[row]], dtype=torch.long)
+            if (path < 0).any():
+                raise ValueError(
+                    f"row {row} has written {list(tokens)}: a token is not known yet; switch asynchronous "
+                    "scheduling off"
+                )
+            paths[row, : len(path)] = path
+        counts = torch.tensor(lengths, dtype=torch.long)
+        return self.log_probs_after(logits, paths.to(logits.device), counts.to(logits.device), wishes)
+
+    def log_probs_after(
+        self, logits: Tensor, paths: Tensor, lengths: Tensor, wishes: Sequence[Wish] | None = None
+    ) -> Tensor:
+        """The same from tensors on the device of `logits`, which is not waited for.
+
+        Args:
+            logits: (R, V).
+            paths: (R, T) integers, the first `lengths[r]` of row r are what it has written; T may end at
+                `longest`, the depth from which on every row is off the trie.
+            lengths: (R,) integers, at most T.
+            wishes: R.
+        """
+        if logits.dim() != 2 or logits.shape[0] != len(paths):
+            raise ValueError(f"logits has shape {tuple(logits.shape)}, needs ({len(paths)}, V)")
         if self.eos >= logits.shape[1]:
-            raise ValueError(
-                f"eos is {self.eos}, needs a token below the vocabulary's size, {logits.shape[1]}"
-            )
+            raise ValueError(f"eos is {self.eos}, needs a token below {logits.shape[1]}, the vocabulary")
         trie = self._on.setdefault(logits.device, self.trie.to(logits.device))
-        nodes = self.nodes(written)
+        # The root in front, so that a row that has written nothing has a last node, too.
+        nodes = F.pad(trie.walk(paths), (1, 0)).gather(1, lengths.unsqueeze(1)).squeeze(1)
         item_filter = None if wishes is None else self._filter(tuple(wishes), trie)
-        log_probs = ops.trie_log_softmax(logits, nodes.to(logits.device), trie, item_filter=item_filter)
+        log_probs = ops.trie_log_softmax(logits, nodes, trie, item_filter=item_filter)
         ended = log_probs.isneginf().all(1)
         log_probs[:, self.eos] = torch.where(ended, 0.0, log_probs[:, self.eos])
         return log_probs
+
+    @property
+    def longest(self) -> int:
+        """As many tokens as need to be looked at: one more than any item has."""
+        return self.trie.max_depth + 1
 
     def _filter(self, wishes: tuple[Wish, ...], trie: PrefixTrie) -> ItemFilter | None:
         """The rows' filter; a batch asks for the same one until a request comes or goes."""
@@ -118,24 +147,6 @@ class CatalogueConstraint:
                 item_filter = ItemFilter(trie, [list(wish.exclude) for wish in wishes], allow)
             self._filtered = ((wishes, trie.device), item_filter)
         return self._filtered[1]
-
-    def nodes(self, written: Sequence[Sequence[int]]) -> Tensor:
-        """The node at which each row stands, -1 off the trie: int64 (R,), on the host."""
-        longest = self.trie.max_depth + 1
-        steps = max((min(len(tokens), longest) for tokens in written), default=0)
-        paths = torch.full((len(written), steps + 1), -1)
-        lengths = torch.tensor([min(len(tokens), longest) for tokens in written], dtype=torch.long)
-        for row, tokens in enumerate(written):
-            path = torch.as_tensor(tokens[:longest], dtype=torch.long)
-            if (path < 0).any():
-                raise ValueError(
-                    f"row {row} has written {list(tokens)}: a token is not known yet; switch asynchronous "
-                    "scheduling off"
-                )
-            paths[row, : len(path)] = path
-        reached = self._walked.walk(paths)
-        at = reached.gather(1, (lengths - 1).clamp(min=0).unsqueeze(1)).squeeze(1)
-        return torch.where(lengths == 0, 0, at)
 
 
 def configured() -> CatalogueConstraint:

@@ -1,4 +1,4 @@
-"""vLLM's processor: `--logits-processors gflowgr.serving_vllm:TrieLogitsProcessor`."""
+"""vLLM's processors, one for each of its model runners: `--logits-processors gflowgr.serving_vllm:...`."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ import importlib
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gflowgr.serving import CatalogueConstraint, Wish, configured
 
-try:
-    _Base: Any = importlib.import_module("vllm.v1.sample.logits_processor").LogitsProcessor
-except ImportError:
-    # vLLM only loads subclasses of its own; without it the class can be tested.
-    _Base = object
+
+def _base(module: str) -> Any:
+    """vLLM only loads subclasses of its own; without it the classes can be tested."""
+    try:
+        return importlib.import_module(module).LogitsProcessor
+    except ImportError:
+        return object
 
 
-class TrieLogitsProcessor(_Base):
-    """Keeps the requests that ask for it (`extra_args={"gflowgr": 1}`) on the catalogue's trie.
+class TrieLogitsProcessor(_base("vllm.v1.sample.logits_processor")):  # type: ignore[misc]
+    """For the V1 model runner: keeps requests with `extra_args={"gflowgr": 1}` on the catalogue's trie.
 
     `gflowgr_exclude` and `gflowgr_allow` beside it, lists of items, filter that request alone.
 
@@ -69,6 +72,62 @@ class TrieLogitsProcessor(_Base):
             written, wishes = zip(*self._rows.values(), strict=True)
             log_probs = self._constraint.log_probs(logits[rows], written, wishes)
             logits[rows] = log_probs.to(logits.dtype)
+        return logits
+
+
+class TrieLogitsProcessorV2(_base("vllm.v1.worker.gpu.sample.logits_processor.interface")):  # type: ignore[misc]
+    """For Model Runner V2: the same, from tokens that stay on the device.
+
+    It follows that module's `LogitsProcessor`: requests keep a slot, rows of logits name theirs each step.
+    """
+
+    def __init__(self, vllm_config: Any, req_states: Any) -> None:
+        self._constraint, self._states = configured(), req_states
+        self._wishes: dict[int, Wish] = {}
+
+    @classmethod
+    def validate_params(cls, sampling_params: Any) -> None:
+        """Raises ValueError for a request that this processor cannot serve."""
+        _wish(sampling_params, configured())
+
+    def add_request(self, req_idx: int, sampling_params: Any) -> bool:
+        """Takes a request into a slot, whatever was there before; whether it asks for the catalogue."""
+        self._wishes.pop(req_idx, None)
+        wish = _wish(sampling_params, self._constraint)
+        if wish is not None:
+            self._wishes[req_idx] = wish
+        return wish is not None
+
+    def apply_staged_writes(self) -> None:
+        """Nothing is staged."""
+
+    def apply(self, logits: Tensor, ctx: Any) -> Tensor:
+        """Log-probs in the place of the logits, in the rows that ask for it.
+
+        Raises:
+            ValueError: a request has several rows, as with speculative decoding; or see
+                `CatalogueConstraint.log_probs_after`.
+        """
+        slots_of_rows = [int(slot) for slot in ctx.idx_mapping_np]
+        asking = [row for row, slot in enumerate(slots_of_rows) if slot in self._wishes]
+        if not asking:
+            return logits
+        if len(slots_of_rows) != len(logits):
+            raise ValueError(
+                f"logits has {len(logits)} rows for {len(slots_of_rows)} requests, needs one each; "
+                "speculative decoding is not supported"
+            )
+        rows = torch.tensor(asking, device=logits.device)
+        slots = ctx.expanded_idx_mapping[rows].long()
+        written, prompts = self._states.all_token_ids.gpu, self._states.prompt_len.gpu[slots].long()
+        # A prompt that is read in parts has rows before its end, whose draws are dropped.
+        lengths = (ctx.pos[rows].long() + 1 - prompts).clamp(0, self._constraint.longest)
+        steps = torch.arange(self._constraint.longest, device=logits.device)
+        columns = (prompts.unsqueeze(1) + steps).clamp(max=written.shape[1] - 1)
+        paths = written[slots.unsqueeze(1), columns].masked_fill(steps >= lengths.unsqueeze(1), -1)
+        wishes = [self._wishes[slots_of_rows[row]] for row in asking]
+        log_probs = self._constraint.log_probs_after(logits[rows], paths, lengths, wishes)
+        logits[rows] = log_probs.to(logits.dtype)
         return logits
 
 

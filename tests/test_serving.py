@@ -1,7 +1,7 @@
 """Serving processors, driven as the engines' published protocols say, held against plain decoding.
 
 `FakeVllm` keeps a persistent batch as vLLM's v1 engine does (slots are freed, filled by newcomers, condensed
-by moves and reordered by swaps), `sglang_step` calls a processor as SGLang's sampler does.
+by moves and reordered by swaps), `FakeVllmV2` slots as Model Runner V2 does, `sglang_step` calls a processor as SGLang's sampler does.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 
 from gflowgr import PrefixTrie
 from gflowgr.serving import CatalogueConstraint, SGLangTrieProcessor, configured
-from gflowgr.serving_vllm import TrieLogitsProcessor
+from gflowgr.serving_vllm import TrieLogitsProcessor, TrieLogitsProcessorV2
 
 ROWS = [[3, 5, 7], [3, 5, 8], [3, 6, -1], [4, 9, 7], [4, 9, 7], [10, -1, -1], [3, 5, 11]]
 EOS, VOCABULARY = 1, 14
@@ -161,6 +162,80 @@ def test_vllm_batches(data: st.DataObject, requests: list[dict[str, list[int]] |
     for request, parameters in enumerate(requests):
         if parameters is not None:
             assert engine.finished[request] == decode_plainly(request, left_by(parameters))
+
+
+class FakeVllmV2:
+    """Slots of requests as vLLM's Model Runner V2 keeps them: recycled, the rows in any order."""
+
+    PROMPT = 3
+
+    def __init__(self, requests: list[dict[str, list[int]] | None], slots: int) -> None:
+        tokens = torch.full((slots, self.PROMPT + 6), 5, dtype=torch.int32)
+        prompts = torch.full((slots,), self.PROMPT, dtype=torch.int32)
+        self.states = SimpleNamespace(
+            all_token_ids=SimpleNamespace(gpu=tokens), prompt_len=SimpleNamespace(gpu=prompts)
+        )
+        self.processor = TrieLogitsProcessorV2(None, self.states)
+        self.waiting, self.slots = list(enumerate(requests)), slots
+        self.running: dict[int, tuple[int, dict[str, list[int]] | None, list[int]]] = {}
+        self.finished: dict[int, list[int]] = {}
+
+    def step(self, draw: Any) -> None:
+        for slot in [slot for slot, (_, _, written) in self.running.items() if ends(written)]:
+            request, _, written = self.running.pop(slot)
+            self.finished[request] = written
+        while self.waiting and len(self.running) < self.slots:
+            slot = draw(st.sampled_from(sorted(set(range(self.slots)) - set(self.running))))
+            request, parameters = self.waiting.pop(0)
+            params = SimpleNamespace(extra_args=None if parameters is None else {"gflowgr": 1, **parameters})
+            TrieLogitsProcessorV2.validate_params(params)
+            assert self.processor.add_request(slot, params) is (parameters is not None)
+            self.running[slot] = (request, parameters, [])
+        self.processor.apply_staged_writes()
+        if not self.running:
+            return
+        order = draw(st.permutations(sorted(self.running)))
+        lengths = [self.PROMPT + len(self.running[slot][2]) for slot in order]
+        context = SimpleNamespace(
+            idx_mapping_np=np.array(order, dtype=np.int32),
+            expanded_idx_mapping=torch.tensor(order, dtype=torch.int32),
+            pos=torch.tensor(lengths) - 1,
+        )
+        batch = [self.running[slot] for slot in order]
+        logits = torch.stack([logits_after(request, written) for request, _, written in batch])
+        before = logits.clone()
+        out = self.processor.apply(logits, context)
+        for slot, (_, parameters, written), row, raw in zip(order, batch, out, before, strict=True):
+            want = raw if parameters is None else expected(raw, written, left_by(parameters))
+            torch.testing.assert_close(row, want)
+            written.append(int(row.argmax()))
+            self.states.all_token_ids.gpu[slot, self.PROMPT + len(written) - 1] = written[-1]
+
+
+@settings(max_examples=60)
+@given(st.data(), st.lists(REQUESTS, min_size=1, max_size=9), st.integers(1, 4))
+def test_vllm_batches_of_model_runner_v2(
+    data: st.DataObject, requests: list[dict[str, list[int]] | None], slots: int
+) -> None:
+    engine = FakeVllmV2(requests, slots)
+    while engine.waiting or engine.running:
+        engine.step(data.draw)
+    assert set(engine.finished) == set(range(len(requests)))
+    for request, parameters in enumerate(requests):
+        if parameters is not None:
+            assert engine.finished[request] == decode_plainly(request, left_by(parameters))
+
+
+def test_a_part_of_a_prompt_and_speculation_in_model_runner_v2() -> None:
+    engine = FakeVllmV2([{}], 1)
+    engine.processor.add_request(0, SimpleNamespace(extra_args={"gflowgr": 1}))
+    slot = torch.zeros(1, dtype=torch.int32)
+    context = SimpleNamespace(idx_mapping_np=slot.numpy(), expanded_idx_mapping=slot, pos=torch.tensor([0]))
+    logits = torch.randn(1, VOCABULARY)
+    raw = logits.clone()
+    torch.testing.assert_close(engine.processor.apply(logits, context)[0], expected(raw[0], []))
+    with pytest.raises(ValueError, match="logits has 2 rows for 1 requests"):
+        engine.processor.apply(torch.randn(2, VOCABULARY), context)
 
 
 def sglang_step(processor: Any, logits: torch.Tensor, mask: torch.Tensor, params: list[Any]) -> None:
