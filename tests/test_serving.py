@@ -1,7 +1,8 @@
 """Serving processors, driven as the engines' published protocols say, held against plain decoding.
 
 `FakeVllm` keeps a persistent batch as vLLM's v1 engine does (slots are freed, filled by newcomers, condensed
-by moves and reordered by swaps), `FakeVllmV2` slots as Model Runner V2 does, `sglang_step` calls a processor as SGLang's sampler does.
+by moves and reordered by swaps), `FakeVllmV2` slots as Model Runner V2 does, and `sglang_step` calls a
+processor as SGLang's sampler does.
 """
 
 from __future__ import annotations
