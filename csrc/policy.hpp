@@ -202,9 +202,9 @@ void child_log_probs_backward(const Trie& trie, const Filter& filter, const Logi
         };
         double total = 0;
         for (std::int64_t child = 0; child < kids.count; ++child) total += slope(child);
-        T* row = grad_logits + r * logits.width - logits.first_token;
+        T* slopes = grad_logits + r * logits.width - logits.first_token;
         for (std::int64_t child = 0; child < kids.count; ++child)
-          row[kids.tokens[child]] = narrow<T>(slope(child) - policy.probability(child) * total);
+          slopes[kids.tokens[child]] = narrow<T>(slope(child) - policy.probability(child) * total);
       });
     }
   });

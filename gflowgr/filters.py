@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gflowgr.item_sets import WORD, Request, find_hidden, request
-from gflowgr.ops._checks import CatalogueTrie, trie_for
+from gflowgr.item_sets import WORD, Request, SetBits, find_hidden, ids_of_sets, request, set_bits
+from gflowgr.ops._checks import CatalogueTrie, same_device, trie_for
 
 try:
     from gflowgr import _core
@@ -17,20 +17,78 @@ except ImportError:
     _core = None  # type: ignore[assignment]
 
 
+class ItemSets:
+    """Sets of items (in stock, of a category, of a region), prepared once for filters of many batches.
+
+    Args:
+        trie: the catalogue. The sets serve this trie only, on its device.
+        sets: each a list or a tensor of items, or a tensor of bools (N,).
+
+    Attributes:
+        num_sets: G.
+        items: int32 (G, ceil(N / 32)), a bit an item.
+        nodes: int32 (G, ceil(num_nodes / 32)), a bit a node: an item of the set is at or under it.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type or shape, or names an item that there is not.
+    """
+
+    items: Tensor
+    nodes: Tensor
+
+    # Tensors made in inference mode could not be saved for a backward pass.
+    @torch.inference_mode(False)
+    def __init__(self, trie: CatalogueTrie, sets: Sequence[Any]) -> None:
+        device = getattr(trie, "device", torch.device("cpu"))
+        trie_for(trie, device)
+        self.num_items, self.num_nodes = trie.num_items, trie.num_nodes
+        ids = ids_of_sets("sets", sets, trie.num_items)
+        if _in_core(trie):
+            bits = set_bits(_core, *_addresses(trie), ids)
+            self.items, self.nodes = torch.from_numpy(bits.items), torch.from_numpy(bits.nodes)
+            return
+        self.items = _no_bits(len(ids), self.num_items, device)
+        self.nodes = _no_bits(len(ids), self.num_nodes, device)
+        for number, members in enumerate(ids):
+            flags = torch.zeros(self.num_items, dtype=torch.bool, device=device)
+            flags[torch.from_numpy(members).to(device)] = True
+            self.items[number] = _packed(flags)
+            self.nodes[number] = _packed(_counts_under(flags, trie) > 0)
+
+    @property
+    def num_sets(self) -> int:
+        return len(self.items)
+
+    @property
+    def device(self) -> torch.device:
+        return self.items.device
+
+    @torch.inference_mode(False)
+    def to(self, device: torch.device | str) -> ItemSets:
+        """The same sets on another device; themselves when they are there already."""
+        if torch.device(device) == self.device:
+            return self
+        moved = object.__new__(ItemSets)
+        moved.__dict__.update(self.__dict__)
+        moved.items, moved.nodes = self.items.to(device), self.nodes.to(device)
+        return moved
+
+
 class ItemFilter:
     """Exact filters of a batch: items that a context must not get, and those that it may get at all.
 
     A child of a node is *available* to a row if an item that the row may get is at or under it. The ops that
     take an `item_filter` sample and normalise over the available children, so a prefix whose items are all
-    filtered is gone at every depth, and a walk from the root that meets one available child at least never
-    ends at a prefix without. Building costs in proportion to the filter times the trie's depth.
+    filtered is gone at every depth, and a walk from the root ends at an item that its row may get, if there
+    is one. Building costs in proportion to the filter times the trie's depth.
 
     Args:
         trie: the catalogue. The filter serves this trie only, on its device.
         exclude: what rows must not get (bought already): (B, E) integers, -1 pads, or a list of B lists.
         allow: what rows may get (in stock, of a category): a set of items for all rows, a set for each row,
             or `(sets, set_of_row)` with `set_of_row` (B,) integers, so that a few large sets serve many rows.
-            A set is a list or a tensor of items, or a tensor of bools (N,).
+            A set is a list or a tensor of items, or a tensor of bools (N,). `ItemSets` in place of sets were
+            prepared before, and cost nothing here.
         rows: B, where neither of them tells it.
 
     Attributes:
@@ -64,50 +122,36 @@ class ItemFilter:
         self.num_items, self.num_nodes = trie.num_items, trie.num_nodes
         self._item_node = trie.item_node
         self._excluded = torch.from_numpy(asked.excluded).to(device)
+        sets = _sets_for(trie, asked)
         self.allowed = self._allowed_items = self.allowed_set = None
-        if asked.set_of_row is not None:
+        if sets is not None and asked.set_of_row is not None:
+            self.allowed, self._allowed_items = sets.nodes, sets.items
             self.allowed_set = torch.from_numpy(asked.set_of_row).to(device)
-        if _core is None or device.type != "cpu":
-            self._find_hidden(trie, asked)
+        if not _in_core(trie):
+            self._find_hidden(trie, asked.rows)
             return
-        found = find_hidden(_core, *_addresses(trie), asked, torch.get_num_threads())
-        self.hidden_offsets = torch.from_numpy(found.hidden_offsets)
-        self.hidden_nodes = torch.from_numpy(found.hidden_nodes)
-        if found.allowed is not None and found.allowed_items is not None:
-            self.allowed = torch.from_numpy(found.allowed)
-            self._allowed_items = torch.from_numpy(found.allowed_items)
+        bits = None if sets is None else SetBits(sets.items.numpy(), sets.nodes.numpy())
+        found = find_hidden(_core, *_addresses(trie), asked, bits, torch.get_num_threads())
+        self.hidden_offsets, self.hidden_nodes = (torch.from_numpy(array) for array in found)
 
-    def _find_hidden(self, trie: CatalogueTrie, asked: Request) -> None:
+    def _find_hidden(self, trie: CatalogueTrie, rows: int) -> None:
         """What the C++ core does for a trie on the CPU: by counting, which finds the same on any device."""
         row, item = self._excluded // self.num_items, self._excluded % self.num_items
         node = trie.item_node[item].long()
         kept = node >= 0
-        sets: list[Tensor] | None = None
-        if asked.sets is not None:
-            sets = [torch.from_numpy(each).to(trie.device) for each in asked.sets]
-            self._allowed_items = _bits(sets, self.num_items, trie.device)
-            kept &= _bit(self._allowed_items, self._set_of(row), item)
+        if self._allowed_items is not None and self.allowed_set is not None:
+            kept &= _bit(self._allowed_items, self.allowed_set[row], item)
         excluded, left_out = _counts(row[kept], node[kept], trie)
         row, node = excluded // self.num_nodes, excluded % self.num_nodes
         total = trie.item_count[node].long()
-        if sets is not None:
-            nodes = []
-            for number, items in enumerate(sets):
-                ends = trie.item_node[items.unique()].long()
-                ends = ends[ends >= 0]
-                reached, count = _counts(torch.zeros_like(ends), ends, trie)
-                nodes.append(reached)
-                mine = self._set_of(row) == number
-                total[mine] = count[torch.searchsorted(reached, node[mine])]
-            self.allowed = _bits(nodes, self.num_nodes, trie.device)
+        if self._allowed_items is not None and self.allowed_set is not None:
+            for number, words in enumerate(self._allowed_items):
+                mine = self.allowed_set[row] == number
+                total[mine] = _counts_under(_unpacked(words, self.num_items), trie)[node[mine]]
         hidden = left_out == total
-        bounds = torch.arange(asked.rows + 1, device=trie.device)
+        bounds = torch.arange(rows + 1, device=trie.device)
         self.hidden_offsets = torch.searchsorted(row[hidden], bounds)
         self.hidden_nodes = node[hidden].to(torch.int32)
-
-    def _set_of(self, row: Tensor) -> Tensor:
-        assert self.allowed_set is not None
-        return self.allowed_set[row]
 
     @property
     def num_rows(self) -> int:
@@ -180,6 +224,27 @@ class ItemFilter:
         return other
 
 
+def _in_core(trie: CatalogueTrie) -> bool:
+    return _core is not None and trie.device.type == "cpu"
+
+
+def _sets_for(trie: CatalogueTrie, asked: Request) -> ItemSets | None:
+    if asked.sets is None:
+        return None
+    if isinstance(asked.sets, list):
+        return ItemSets(trie, asked.sets)
+    if not isinstance(asked.sets, ItemSets):
+        raise TypeError(f"allow has a {type(asked.sets).__name__}, needs gflowgr.ItemSets or lists of items")
+    sets = asked.sets
+    if (sets.num_items, sets.num_nodes) != (trie.num_items, trie.num_nodes):
+        raise ValueError(
+            f"allow has sets of a trie of {sets.num_items} items and {sets.num_nodes} nodes, needs those of "
+            f"this trie, which has {trie.num_items} and {trie.num_nodes}"
+        )
+    same_device("allow", sets, trie.device)
+    return sets
+
+
 def _addresses(trie: CatalogueTrie) -> tuple[tuple[int, int, int], tuple[int, ...]]:
     """A trie and its items as the C++ core takes them."""
     items = (trie.first_item, trie.item_count, trie.item_order, trie.item_node)
@@ -203,17 +268,29 @@ def _counts(row: Tensor, end: Tensor, trie: CatalogueTrie) -> tuple[Tensor, Tens
     return found, count
 
 
-def _bits(sets: list[Tensor], size: int, device: torch.device) -> Tensor:
-    """The bit sets, int32 (G, ceil(size / 32)), of members of 0 .. size - 1."""
-    words = torch.zeros(len(sets), -(-size // WORD), dtype=torch.int32, device=device)
-    places = torch.arange(WORD, device=device)
-    for word, members in zip(words, sets, strict=True):
-        flags = torch.zeros(word.numel() * WORD, dtype=torch.int64, device=device)
-        flags[members] = 1
-        value = (flags.view(-1, WORD) << places).sum(1)
-        # The highest bit is an int32's sign.
-        word.copy_(torch.where(value >= 2**31, value - 2**32, value))
-    return words
+def _counts_under(flags: Tensor, trie: CatalogueTrie) -> Tensor:
+    """How many of the flagged items (N,) are at or under each node."""
+    before = torch.cat([flags.new_zeros(1, dtype=torch.int64), flags[trie.item_order.long()].cumsum(0)])
+    first = trie.first_item.long()
+    return before[first + trie.item_count] - before[first]
+
+
+def _no_bits(sets: int, size: int, device: torch.device) -> Tensor:
+    return torch.zeros(sets, -(-size // WORD), dtype=torch.int32, device=device)
+
+
+def _packed(flags: Tensor) -> Tensor:
+    """Flags (n,) as a bit set, int32 (ceil(n / 32),)."""
+    padded = torch.zeros(-(-flags.numel() // WORD) * WORD, dtype=torch.int64, device=flags.device)
+    padded[: flags.numel()] = flags
+    words = (padded.view(-1, WORD) << torch.arange(WORD, device=flags.device)).sum(1)
+    # The highest bit is an int32's sign.
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def _unpacked(words: Tensor, size: int) -> Tensor:
+    bits = (words.unsqueeze(1) >> torch.arange(WORD, device=words.device)) & 1
+    return bits.flatten()[:size] == 1
 
 
 def _bit(words: Tensor, index: Tensor, member: Tensor) -> Tensor:

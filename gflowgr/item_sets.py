@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,26 +17,38 @@ WORD = 32
 
 
 @dataclass(frozen=True)
+class SetBits:
+    """Item sets of one trie, prepared: for each a bit an item, and a bit a node at or above one of them.
+
+    `items` is int32 (G, ceil(num_items / 32)), `nodes` int32 (G, ceil(num_nodes / 32)).
+    """
+
+    items: NDArray[np.int32]
+    nodes: NDArray[np.int32]
+
+    @property
+    def num_sets(self) -> int:
+        return len(self.items)
+
+
+class Prepared(Protocol):
+    """Item sets that need no more work."""
+
+    @property
+    def num_sets(self) -> int: ...
+
+
+@dataclass(frozen=True)
 class Request:
     """What a caller asks of a filter: its rows, what they must not get, what they may.
 
-    `excluded` is row * num_items + item, ascending and without repeats; without `sets`, every item is allowed.
+    `excluded` is row * num_items + item, ascending, without repeats; without `sets`, every item is allowed.
     """
 
     rows: int
     excluded: NDArray[np.int64]
-    sets: list[NDArray[np.int64]] | None
+    sets: list[NDArray[np.int64]] | Prepared | None
     set_of_row: NDArray[np.int64] | None
-
-
-@dataclass(frozen=True)
-class FilterArrays:
-    """What kernels read of a filter, and the bits of each set's items; None without sets."""
-
-    hidden_offsets: NDArray[np.int64]
-    hidden_nodes: NDArray[np.int32]
-    allowed: NDArray[np.int32] | None
-    allowed_items: NDArray[np.int32] | None
 
 
 def request(exclude: Any, allow: Any, rows: int | None, num_items: int) -> Request:
@@ -50,11 +62,9 @@ def request(exclude: Any, allow: Any, rows: int | None, num_items: int) -> Reque
     if exclude is not None:
         row, item, counts["exclude"] = _rows_of_items("exclude", _plain(exclude), num_items)
         excluded = np.unique(row * num_items + item)
-    sets = set_of_row = None
-    if allow is not None:
-        sets, set_of_row = _item_sets("allow", _plain(allow), num_items)
-        if set_of_row is not None:
-            counts["allow"] = set_of_row.size
+    sets, set_of_row = _allowed(allow, num_items)
+    if set_of_row is not None:
+        counts["allow"] = set_of_row.size
     if not counts:
         raise ValueError("rows is None, needs the number of rows, which neither exclude nor allow tells")
     if len(set(counts.values())) > 1:
@@ -66,35 +76,67 @@ def request(exclude: Any, allow: Any, rows: int | None, num_items: int) -> Reque
     return Request(number, excluded, sets, set_of_row)
 
 
+def ids_of_sets(name: str, given: Any, num_items: int) -> list[NDArray[np.int64]]:
+    """A list of item sets, each as ids.
+
+    Raises:
+        TypeError, ValueError: as `request`.
+    """
+    given = _plain(given)
+    if not (_is_list(given) or isinstance(given, np.ndarray)):
+        raise TypeError(f"{name} is a {type(given).__name__}, needs a list of item sets")
+    return [_item_ids(f"{name}[{i}]", each, num_items) for i, each in enumerate(given)]
+
+
+def set_bits(
+    core: ModuleType, trie: tuple[int, int, int], ending: tuple[int, ...], sets: list[NDArray[np.int64]]
+) -> SetBits:
+    """Prepares sets by the C++ core, which takes a trie and its items as addresses and sizes."""
+    bits = SetBits(_no_bits(len(sets), ending[-1]), _no_bits(len(sets), trie[-1]))
+    for members, items, nodes in zip(sets, bits.items, bits.nodes, strict=True):
+        core.allow(trie, ending, members.ctypes.data, members.size, items.ctypes.data, nodes.ctypes.data)
+    return bits
+
+
 def find_hidden(
     core: ModuleType,
     trie: tuple[int, int, int],
     ending: tuple[int, ...],
     asked: Request,
+    bits: SetBits | None,
     threads: int,
-) -> FilterArrays:
-    """A filter's arrays by the C++ core, which takes a trie and its items as addresses and sizes."""
-    allowed = allowed_items = None
+) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    """The offsets and the hidden nodes of a filter, by the C++ core."""
     of_row: list[tuple[int, int]] = []
-    if asked.sets is not None and asked.set_of_row is not None:
-        allowed_items = no_bits(len(asked.sets), ending[-1])
-        allowed = no_bits(len(asked.sets), trie[-1])
-        bits = [
+    if bits is not None and asked.set_of_row is not None:
+        addresses = [
             (items.ctypes.data, nodes.ctypes.data)
-            for items, nodes in zip(allowed_items, allowed, strict=True)
+            for items, nodes in zip(bits.items, bits.nodes, strict=True)
         ]
-        for members, addresses in zip(asked.sets, bits, strict=True):
-            core.allow(trie, ending, members.ctypes.data, members.size, *addresses)
-        of_row = [bits[number] for number in asked.set_of_row]
+        of_row = [addresses[number] for number in asked.set_of_row]
     offsets = np.searchsorted(asked.excluded, np.arange(asked.rows + 1) * ending[-1])
-    hidden_offsets, hidden_nodes = core.hidden_nodes(
+    return core.hidden_nodes(
         trie, ending, offsets.ctypes.data, asked.excluded.ctypes.data, asked.rows, of_row, threads
     )
-    return FilterArrays(hidden_offsets, hidden_nodes, allowed, allowed_items)
 
 
-def no_bits(sets: int, size: int) -> NDArray[np.int32]:
+def _no_bits(sets: int, size: int) -> NDArray[np.int32]:
     return np.zeros((sets, -(-size // WORD)), dtype=np.int32)
+
+
+def _allowed(
+    allow: Any, num_items: int
+) -> tuple[list[NDArray[np.int64]] | Prepared | None, NDArray[np.int64] | None]:
+    """The sets of `allow`, and the set of each row; None where one set serves every row."""
+    if allow is None:
+        return None, None
+    if hasattr(allow, "num_sets"):
+        if allow.num_sets != 1:
+            raise ValueError(f"allow has {allow.num_sets} sets, needs one, or (sets, the set of each row)")
+        return allow, None
+    if isinstance(allow, tuple) and len(allow) == 2 and hasattr(allow[0], "num_sets"):
+        return allow[0], _set_numbers("allow[1]", _plain(allow[1]), allow[0].num_sets)
+    return _item_sets("allow", _plain(allow), num_items)
 
 
 def _plain(given: Any) -> Any:

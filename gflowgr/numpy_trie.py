@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gflowgr.item_sets import FilterArrays, find_hidden, request
+from gflowgr.item_sets import SetBits, find_hidden, ids_of_sets, request, set_bits
 
 ARRAYS = ("first_child", "token", "first_item", "item_count", "item_order", "item_node")
 FORMAT = "gflowgr.PrefixTrie/1"
@@ -129,27 +129,38 @@ def verify(arrays: dict[str, np.ndarray]) -> None:
 
 
 @dataclass(frozen=True)
+class NumpySets:
+    """What `NumpyTrie.item_sets` makes: sets of items, prepared once for many filters."""
+
+    bits: SetBits
+    trie: NumpyTrie
+
+    @property
+    def num_sets(self) -> int:
+        return self.bits.num_sets
+
+
+@dataclass(frozen=True)
 class NumpyFilter:
     """What `NumpyTrie.filter` makes: what each row of a batch must not get, ready for the core."""
 
-    arrays: FilterArrays
+    hidden_offsets: NDArray[np.int64]
+    hidden_nodes: NDArray[np.int32]
+    bits: SetBits | None
     set_of_row: NDArray[np.int64] | None
     trie: NumpyTrie
 
     @property
     def num_rows(self) -> int:
-        return self.arrays.hidden_offsets.size - 1
+        return self.hidden_offsets.size - 1
 
     def addresses(self) -> tuple[int, ...]:
         """As the core takes them."""
-        allowed = self.arrays.allowed
-        sets = (
-            (0, 0)
-            if allowed is None or self.set_of_row is None
-            else (allowed.ctypes.data, self.set_of_row.ctypes.data)
-        )
-        hidden = (self.arrays.hidden_offsets.ctypes.data, self.arrays.hidden_nodes.ctypes.data)
-        return (*hidden, *sets, self.num_rows, 0 if allowed is None else allowed.shape[1])
+        hidden = (self.hidden_offsets.ctypes.data, self.hidden_nodes.ctypes.data)
+        if self.bits is None or self.set_of_row is None:
+            return (*hidden, 0, 0, self.num_rows, 0)
+        nodes = self.bits.nodes
+        return (*hidden, nodes.ctypes.data, self.set_of_row.ctypes.data, self.num_rows, nodes.shape[1])
 
 
 class NumpyTrie:
@@ -184,6 +195,8 @@ class NumpyTrie:
         self._core, self.threads = _compiled_core(), threads
         for name in ARRAYS:
             setattr(self, name, np.ascontiguousarray(arrays[name]))
+        items = (self.first_item, self.item_count, self.item_order, self.item_node)
+        self._ending = (*(each.ctypes.data for each in items), self.item_node.size)
         self._arrays = (self.first_child.ctypes.data, self.token.ctypes.data, self.token.size)
 
     @classmethod
@@ -236,16 +249,33 @@ class NumpyTrie:
         """What each row of a batch must not get, for `log_softmax` and `sample` at every step.
 
         Args:
-            exclude, allow, rows: as of `gflowgr.ItemFilter`.
+            exclude, allow, rows: as of `gflowgr.ItemFilter`; sets prepared before are those of `item_sets`.
 
         Raises:
             TypeError, ValueError: an argument has the wrong type or shape, or names no item.
         """
         asked = request(exclude, allow, rows, self.num_items)
-        items = (self.first_item, self.item_count, self.item_order, self.item_node)
-        ending = (*(each.ctypes.data for each in items), self.num_items)
-        arrays = find_hidden(self._core, self._arrays, ending, asked, self.threads)
-        return NumpyFilter(arrays, asked.set_of_row, self)
+        bits = None
+        if isinstance(asked.sets, list):
+            bits = set_bits(self._core, self._arrays, self._ending, asked.sets)
+        elif isinstance(asked.sets, NumpySets) and asked.sets.trie is self:
+            bits = asked.sets.bits
+        elif asked.sets is not None:
+            raise ValueError("allow has sets of another trie, needs what item_sets of this trie returns")
+        found = find_hidden(self._core, self._arrays, self._ending, asked, bits, self.threads)
+        return NumpyFilter(*found, bits, asked.set_of_row, self)
+
+    def item_sets(self, sets: Any) -> NumpySets:
+        """Sets of items, prepared once for the `allow` of many filters.
+
+        Args:
+            sets: each a list or an array of items, or an array of bools (N,).
+
+        Raises:
+            TypeError, ValueError: an argument has the wrong type or shape, or names no item.
+        """
+        ids = ids_of_sets("sets", sets, self.num_items)
+        return NumpySets(set_bits(self._core, self._arrays, self._ending, ids), self)
 
     def log_softmax(
         self, logits: NDArray[Any], nodes: Any, *, item_filter: NumpyFilter | None = None
@@ -310,7 +340,8 @@ class NumpyTrie:
         log_probs = np.empty(nodes.shape, dtype=_sums(rows))
         self._core.sample(
             self._arrays, self._filter(item_filter, logits), _raw(rows), nodes.ctypes.data,
-            uniform.ctypes.data, temperature, tokens.ctypes.data, reached.ctypes.data, log_probs.ctypes.data, self.threads,
+            uniform.ctypes.data, temperature, tokens.ctypes.data, reached.ctypes.data,
+            log_probs.ctypes.data, self.threads,
         )  # fmt: skip
         return tokens, reached, log_probs
 

@@ -17,7 +17,7 @@ def lower_bound(values, low, high, wanted):
     while tl.max(high - low) > 0:
         middle = (low + high) // 2
         open_range = low < high
-        below = open_range & (tl.load(values + middle, mask=open_range, other=0).to(tl.int64) < wanted)
+        below = open_range & (tl.load(values + middle, mask=open_range, other=0) < wanted)
         low = tl.where(below, middle + 1, low)
         high = tl.where(open_range & (below == 0), middle, high)
     return low
@@ -46,10 +46,13 @@ def filter_of_rows(
 def available(child, exists, hidden_nodes, low, high, allowed, bits):
     """Those of the children (ROWS, BLOCK) that exist and are available."""
     if hidden_nodes is not None:
-        # Nowhere is there more to search than the children of one node, and mostly there is nothing.
-        place = lower_bound(hidden_nodes, low[:, None] + child * 0, high[:, None] + child * 0, child)
-        found = tl.load(hidden_nodes + place, mask=exists & (place < high[:, None]), other=-1)
-        exists = exists & (found != child)
+        # In 32 bits, which count the hidden children of a node; mostly there are none.
+        among = (hidden_nodes + low)[:, None]
+        number = child.to(tl.int32)
+        count = (high - low).to(tl.int32)[:, None]
+        place = lower_bound(among, number * 0, count + number * 0, number)
+        found = tl.load(among + place, mask=exists & (place < count), other=-1)
+        exists = exists & (found != number)
         if allowed is not None:
             word = tl.load(allowed + bits[:, None] + child // 32, mask=exists, other=0)
             exists = exists & (((word >> (child % 32).to(tl.int32)) & 1) == 1)

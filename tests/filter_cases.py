@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from core_oracle import DictTrie, log_sum_exp
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gflowgr import ItemFilter, PrefixTrie
+from gflowgr import ItemFilter, ItemSets, PrefixTrie
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,9 @@ class Filtered:
         return trie.to(device)
 
     def filter(self, trie: PrefixTrie) -> ItemFilter:
-        return ItemFilter(trie, self.given_exclude(), self.given_allow(), rows=self.contexts)
+        return ItemFilter(
+            trie, self.given_exclude(), self.given_allow(partial(ItemSets, trie)), rows=self.contexts
+        )
 
     def given_exclude(self) -> Any:
         """In the form in which a caller may give it."""
@@ -56,7 +59,8 @@ class Filtered:
         given = torch.tensor(padded, dtype=torch.int64).view(self.contexts, width)
         return given.numpy() if self.form == "array" else given
 
-    def given_allow(self) -> Any:
+    def given_allow(self, prepare: Callable[[Any], Any]) -> Any:
+        """Likewise; some of the forms `prepare` their sets first."""
         if not self.sets:
             return None
         sets: list[Any] = self.sets
@@ -65,10 +69,10 @@ class Filtered:
         elif self.form == "tensors":
             sets = [torch.tensor(one, dtype=torch.int32) for one in self.sets]
         if self.set_of_row is None:
-            return sets[0]
+            return prepare(sets[:1]) if self.form == "array" else sets[0]
         if self.form == "lists":
             return [sets[number] for number in self.set_of_row]
-        return sets, self.set_of_row
+        return (prepare(sets) if self.form == "array" else sets), self.set_of_row
 
     def left(self, context: int) -> set[int]:
         """The items that a context may get."""

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gflowgr import ItemFilter, PrefixTrie, filters, ops
+from gflowgr import ItemFilter, ItemSets, PrefixTrie, filters, ops
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 ROWS = [[1, 2, 5], [1, 3, -1], [4, -1, -1], [4, 5, 6], [4, 5, 6], [7, 0, -1], [7, 3, -1], [7, 9, -1]]
@@ -101,6 +101,8 @@ def test_a_moved_filter_is_the_same() -> None:
     trie = PrefixTrie(ROWS)
     item_filter = ItemFilter(trie, [[0], [3, 4]], allow=[0, 1, 2, 3, 4])
     assert item_filter.to("cpu") is item_filter
+    sets = ItemSets(trie, [[0]])
+    assert sets.to("cpu") is sets and sets.to("meta").device == torch.device("meta")
     moved = item_filter.to("meta")
     assert moved.device == moved.allowed.device == torch.device("meta")  # type: ignore[union-attr]
     assert moved.num_rows == 2
@@ -134,6 +136,17 @@ def test_a_moved_filter_is_the_same() -> None:
         ({"allow": ([[0]], [0], 1)}, TypeError, "allow is a tuple of 3"),
         ({"exclude": [[0]], "rows": 2}, ValueError, "rows has 2 rows, exclude has 1 rows"),
         ({"exclude": [[0]], "allow": [[0], [1]]}, ValueError, "exclude has 1 rows, allow has 2 rows"),
+        (
+            {"allow": ItemSets(PrefixTrie(ROWS), [[0], [1]]), "rows": 1},
+            ValueError,
+            "allow has 2 sets, needs one",
+        ),
+        ({"allow": (ItemSets(PrefixTrie(ROWS), [[0]]), [1])}, ValueError, r"allow\[1\] has the set 1"),
+        (
+            {"allow": ItemSets(PrefixTrie([[1]]), [[0]]), "rows": 1},
+            ValueError,
+            "allow has sets of a trie of 1 items and 2 nodes",
+        ),
         ({"rows": 1.5}, TypeError, "rows is 1.5"),
         ({"rows": -1}, ValueError, "rows is -1"),
     ],
@@ -141,6 +154,13 @@ def test_a_moved_filter_is_the_same() -> None:
 def test_bad_filters_are_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         ItemFilter(PrefixTrie(ROWS), **options)
+
+
+def test_bad_sets_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"sets\[1\] has the item 8"):
+        ItemSets(PrefixTrie(ROWS), [[0], [8]])
+    with pytest.raises(TypeError, match="sets is a int"):
+        ItemSets(PrefixTrie(ROWS), 3)  # type: ignore[arg-type]
 
 
 def test_a_trie_is_needed() -> None:
@@ -497,3 +517,37 @@ def test_a_filter_that_hides_nothing_changes_nothing() -> None:
         for backend in ("torch", "auto"):
             ours = ops.trie_log_softmax(logits, nodes, trie, item_filter=item_filter, backend=backend)
             assert torch.equal(ours, ops.trie_log_softmax(logits, nodes, trie, backend=backend))
+
+
+@pytest.mark.parametrize("backend", [b for b in backends("trie_sample") if b.values[0] != "triton"])
+def test_no_walk_from_the_root_dies(backend: str) -> None:
+    """Whatever is drawn, a walk ends at a node with an item that its row may get, if there is any."""
+
+    @settings(max_examples=30)
+    @given(filtered())
+    def check(case: Filtered) -> None:
+        trie = case.trie(device_of(backend))
+        item_filter = case.filter(trie)
+        nodes = torch.zeros((case.contexts, 5), dtype=torch.int64, device=trie.device)
+        for _ in range(trie.max_depth + 1):
+            logits = case.normals((*nodes.shape, case.width)).to(trie.device)
+            _, reached, _ = ops.trie_sample(logits, nodes, trie, item_filter=item_filter, backend=backend)
+            nodes = torch.where(reached >= 0, reached, nodes)
+        for row, each in enumerate(nodes.tolist()):
+            for node in each:
+                own = {case.kept[item] for item in case.oracle.ending_at(node)}
+                assert own & case.left(row) if case.left(row) else node == 0
+
+    check()
+
+
+@pytest.mark.parametrize("backend", backends("trie_child_log_probs"))
+def test_no_rows(backend: str) -> None:
+    trie = PrefixTrie(ROWS).to(device_of(backend))
+    item_filter = ItemFilter(trie, exclude=[])
+    logits = torch.zeros(0, 3, 10, device=trie.device, requires_grad=True)
+    nodes = torch.zeros(0, 3, dtype=torch.int64, device=trie.device)
+    found = ops.trie_child_log_probs(logits, nodes, trie, item_filter=item_filter, backend=backend)
+    assert found.shape == (0, 3, trie.max_children)
+    found.sum().backward()
+    assert item_filter.select([]).num_rows == 0

@@ -91,7 +91,7 @@ def test_walk_and_items(world: World, shape: tuple[int, ...], from_anywhere: boo
 def test_filtered_policy_and_draws_are_the_ops(case: Filtered, inner: tuple[int, ...]) -> None:
     trie, ours = case.trie(torch.device("cpu")), NumpyTrie(case.rows)
     item_filter = case.filter(trie)
-    numpy_filter = ours.filter(case.given_exclude(), case.given_allow(), rows=case.contexts)
+    numpy_filter = ours.filter(case.given_exclude(), case.given_allow(ours.item_sets), rows=case.contexts)
     nodes = case.nodes((case.contexts, *inner))
     logits = case.normals((*nodes.shape, case.width)).numpy()
     tensor = torch.from_numpy(logits)
@@ -159,6 +159,12 @@ def test_refuses_files_that_are_no_trie(tmp_path: Path) -> None:
             "temperature is 0.0",
         ),
         (lambda trie: trie.items(-1), ValueError, "node is -1"),
+        (lambda trie: trie.item_sets([[0], [5]]), ValueError, r"sets\[1\] has the item 5"),
+        (
+            lambda trie: trie.filter(allow=NumpyTrie(ROWS).item_sets([[0]]), rows=1),
+            ValueError,
+            "allow has sets of another trie",
+        ),
         (lambda trie: trie.filter([[5]]), ValueError, "exclude has the item 5"),
         (
             lambda trie: trie.log_softmax(np.zeros((2, 7)), [0, 0], item_filter=trie.filter(rows=3)),

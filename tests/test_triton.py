@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 from core_cases import FLOATS, World, catalogues, laid_out, spoilt, wide_catalogues, worlds
+from filter_cases import Filtered, filtered
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from gflowgr import PrefixTrie, ops, reference
+from gflowgr.ops._filters import arrays_of
 
 pytest.importorskip("triton")
 from gflowgr.kernels import _launch
@@ -194,6 +196,58 @@ def test_sample(
     assert (torch.where(hit, log_probs, 0.0).sum(-1) > -math.inf)[some].all()
     first, _ = reference.child_range(nodes, trie)
     assert torch.equal(reached[alive & ~some], first[alive & ~some])
+
+
+@runs
+@few
+@given(filtered(), st.integers(0, 3), LAYOUTS, st.sampled_from(FLOATS), st.integers(0, 2))
+def test_item_filters(
+    poisoned_memory: None,
+    device: torch.device,
+    case: Filtered,
+    steps: int,
+    layout: str,
+    dtype: torch.dtype,
+    spare: int,
+) -> None:
+    """All that take one, forward and backward, against the definition."""
+    trie = case.trie(torch.device("cpu"))
+    item_filter, nodes = case.filter(trie), case.nodes((case.contexts, steps))
+    logits = case.normals((*nodes.shape, case.width), 3.0).to(dtype)
+    if layout != "one logit":
+        logits = laid_out(logits, layout)
+    first = trie.first_child[nodes.clamp(0, trie.num_nodes - 1)].clamp(max=trie.num_nodes - 1)
+    tokens, start = trie.token[first.long()].long(), case.nodes((case.contexts,))
+    exact = logits.double().requires_grad_()
+    width = max(trie.max_children - spare, 1)
+    expected = (
+        reference.trie_log_softmax(exact, nodes, trie, item_filter),
+        reference.trie_child_log_probs(exact, nodes, trie, 0, width, item_filter),
+        reference.trie_token_log_probs(exact, tokens, trie, start, 0, item_filter),
+    )
+    dense_grad, child_grad, token_grad = (
+        case.normals(tuple(each.shape)).to(sums(dtype)) for each in expected
+    )
+
+    moved = trie.to(device)
+    here = [None if each is None else each.to(device) for each in arrays_of(item_filter)]
+    logits, nodes, tokens, start = (each.to(device) for each in (logits, nodes, tokens, start))
+    kids = arrays(moved)
+    dense = kernels.trie_log_softmax(logits, nodes, *kids, *here)
+    by_child = kernels.trie_child_log_probs(logits, nodes, *kids, 0, width, *here)
+    by_token = kernels.trie_token_log_probs(logits, tokens, start, *kids, 0, *here)
+    for ours, wanted in zip((dense, by_child, by_token), expected, strict=True):
+        assert ours.dtype == sums(dtype)
+        close(ours.cpu(), wanted)
+    gradients = (
+        kernels.trie_log_softmax_backward(dense_grad.to(device), dense, nodes, *kids, dtype, *here),
+        kernels.trie_child_log_probs_backward(child_grad.to(device), logits, nodes, *kids, 0, width, *here),
+        kernels.trie_token_log_probs_backward(token_grad.to(device), logits, tokens, start, *kids, 0, *here),
+    )
+    grads = (dense_grad, child_grad, token_grad)
+    for ours, wanted, grad in zip(gradients, expected, grads, strict=True):
+        assert ours.dtype == dtype and ours.shape == logits.shape
+        close(ours.cpu(), gradient(wanted, exact, grad.double()), 8.0)
 
 
 @runs
@@ -817,7 +871,7 @@ def test_every_kernel_compiles_once(sm: int, dtype: str, tmp_path: Path) -> None
     """In a process of its own, because the interpreter is chosen when Triton is imported.
 
     One version serves all batch sizes, lengths, strides and alignments. None is short of registers: the
-    assembler may park up to four of them outside the loops, where that lets more programs run at once.
+    assembler may park up to eight of them outside the loops, where that lets more programs run at once.
     """
     script = Path(__file__).with_name("compile_kernels.py")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -833,5 +887,5 @@ def test_every_kernel_compiles_once(sm: int, dtype: str, tmp_path: Path) -> None
     assert len({row["kernel"] for row in compiled}) == 17 and len(compiled) == 51
     for row in compiled:
         assert row["sm"] == sm and row["versions"] == 1, row
-        assert row["stack"] <= 16 and row["local"] == 0, row
+        assert row["stack"] <= 32 and row["local"] == 0, row
         assert row["reg"] <= 128, row

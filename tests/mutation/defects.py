@@ -17,6 +17,7 @@ TRIE = "test_trie.py"
 CORE = "test_core.py"
 VALUES = "test_ops.py -k cpp"
 GRADIENTS = "test_autograd.py -k cpp"
+FILTERS = "test_filters.py -k not triton"
 TRITON = "test_triton.py test_ops.py test_autograd.py -k triton"
 
 DEFECTS = [
@@ -178,15 +179,15 @@ DEFECTS = [
     ),
     Defect(
         "csrc/policy.hpp",
-        "if (next < 0 || kids.count < 2) return;",
-        "if (next < 0) return;",
+        "if (hit < 0 || kids.count < 2) return;",
+        "if (hit < 0) return;",
         "a forced step reads logits, and has a gradient where they are not finite",
         GRADIENTS,
     ),
     Defect(
         "csrc/policy.hpp",
-        "const std::int64_t hit = next - kids.first;",
-        "const std::int64_t hit = 0;",
+        "row[kids.tokens[hit]] = narrow<T>(grad[r] * left);",
+        "row[kids.tokens[0]] = narrow<T>(grad[r] * left);",
         "the gradient is that of the first child, whichever was taken",
         GRADIENTS,
     ),
@@ -351,8 +352,8 @@ DEFECTS = [
     # Triton
     Defect(
         "kernels/_trie.py",
-        "exists = child < end[:, None]\n",
-        "exists = child <= end[:, None]\n",
+        "available(child, child < end[:, None], hidden_nodes",
+        "available(child, child <= end[:, None], hidden_nodes",
         "off by one in the child range",
         TRITON,
     ),
@@ -523,5 +524,55 @@ DEFECTS = [
         "mask=unsure, other=0) < position)",
         "the first item of a child counts for the sibling before",
         TRITON,
+    ),
+    # Filters
+    Defect(
+        "csrc/filter.hpp",
+        "if (hidden != end && *hidden == node) {",
+        "if (hidden != end && *hidden < node) {",
+        "a hidden child is kept, and its sibling left out",
+        FILTERS,
+    ),
+    Defect(
+        "csrc/filter.hpp",
+        "const std::int64_t b = row / share_;",
+        "const std::int64_t b = row % filter_.rows;",
+        "rows of one context take the filters of others",
+        FILTERS,
+    ),
+    Defect(
+        "csrc/filter_build.cpp",
+        "if (children != hidden_children) return false;",
+        "if (children && !hidden_children) return false;",
+        "one hidden child hides its parent",
+        FILTERS,
+    ),
+    Defect(
+        "csrc/filter_build.cpp",
+        "return items == excluded;",
+        "return true;",
+        "a prefix is hidden though an item that ends there is left",
+        FILTERS,
+    ),
+    Defect(
+        "gflowgr/item_sets.py",
+        "np.unique(row * num_items + item)",
+        "np.sort(row * num_items + item)",
+        "an item that is excluded twice counts twice",
+        FILTERS,
+    ),
+    Defect(
+        "kernels/_filter.py",
+        "row = index // share",
+        "row = index % share",
+        "rows of one context take the filters of others",
+        "test_triton.py -k item_filters",
+    ),
+    Defect(
+        "kernels/_filter.py",
+        "exists = exists & (found != number)",
+        "exists = exists & (found < number)",
+        "what comes before a hidden child is hidden too",
+        "test_triton.py -k item_filters",
     ),
 ]
