@@ -31,7 +31,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror csrc/*.cpp csrc/*.hpp
+	$(BIN)/clang-format --dry-run -Werror csrc/*.cpp csrc/*.hpp tests/fuzz/*.cpp tests/fuzz/*.hpp
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info gflowgr/_core*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis

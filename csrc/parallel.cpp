@@ -6,6 +6,7 @@
 #include <condition_variable>
 #include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 namespace gflowgr {
@@ -16,14 +17,19 @@ thread_local bool busy_here = false;
 
 class Pool {
  public:
-  // Runs task(0) .. task(tasks - 1), the last one here; false when another thread is using the pool.
+  // Runs task(0) .. task(tasks - 1), the last one here; false when another thread is using the pool, or the system
+  // has no threads to give.
   bool run(int tasks, const std::function<void(int)>& task) {
     if (busy_here) return false;
     std::unique_lock<std::mutex> owner(owner_, std::try_to_lock);
     if (!owner.owns_lock()) return false;
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      for (; workers_ < tasks - 1; ++workers_) std::thread(&Pool::work, this, workers_, round_).detach();
+      try {
+        for (; workers_ < tasks - 1; ++workers_) std::thread(&Pool::work, this, workers_, round_).detach();
+      } catch (const std::system_error&) {
+        return false;
+      }
       task_ = &task;
       tasks_ = tasks;
       pending_ = tasks - 1;

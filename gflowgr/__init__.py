@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["ItemFilter", "ItemSets", "PrefixTrie", "generate", "ops"]
 
-# On first use, so that `gflowgr.numpy_trie` can be imported where torch is not, and the ops without transformers.
+# On first use, so that `gflowgr.numpy_trie` needs no torch, and the ops no transformers.
 _HOMES = {
     "ItemFilter": "filters",
     "ItemSets": "filters",

@@ -295,8 +295,8 @@ class PrefixTrie:
 
         Args:
             path: of the file.
-            verify: whether to read all of the file and check it. By default a file is checked unless it still
-                has the time of modification that `save` gave it, which it loses when it is copied or written to.
+            verify: whether to read all of the file and check it. By default it is checked unless it still has
+                the time of modification that `save` gave it, which a copy or a change of it has not.
 
         Raises:
             FileNotFoundError: there is no such file.

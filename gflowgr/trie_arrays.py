@@ -13,9 +13,9 @@ try:
 except ImportError:
     _core = None  # type: ignore[assignment]
 
-# Nodes in breadth-first order, the root first. The children of n are first_child[n] .. first_child[n + 1] - 1;
-# narrow_token is the token on the edge into a node, uint16 if all fit, else int32. item_node is where each item
-# ends, -1 for one that was removed; node_items has those that were not, sorted by (node, item).
+# Nodes in breadth-first order, the root first. The children of n are first_child[n] .. first_child[n+1] - 1.
+# narrow_token is the token on the edge into a node, uint16 if all fit, else int32. item_node is where each
+# item ends, -1 for one that was removed; node_items has those that were not, sorted by (node, item).
 ARRAYS = ("first_child", "narrow_token", "item_node", "node_items")
 
 Arrays = dict[str, NDArray[Any]]
@@ -53,6 +53,9 @@ def as_rows(sequences: Any) -> np.ndarray:
         raise ValueError(
             f"sequences has shape {rows.shape}, needs (N, L) with at least one item and one level"
         )
+    # Before anything that takes time or memory in proportion: such rows may be one number, broadcast.
+    if max(rows.shape) > _LARGEST:
+        raise ValueError(f"sequences has shape {rows.shape}, needs at most 2**31 - 1 rows and levels")
     if rows.max() >= _LARGEST:
         raise ValueError(f"sequences has the token {rows.max()}, needs tokens below 2**31 - 1")
     return np.ascontiguousarray(rows, dtype=np.int32 if rows.dtype.itemsize <= 4 else np.int64)
