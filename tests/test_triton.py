@@ -22,8 +22,9 @@ from gflowgr import PrefixTrie, ops, reference
 from gflowgr.ops._filters import arrays_of
 
 pytest.importorskip("triton")
-from gflowgr import kernels
 from gflowgr.kernels import _launch
+
+from gflowgr import kernels
 
 runs = pytest.mark.skipif(
     not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1",
