@@ -21,20 +21,20 @@ struct Inserted {
 // All new nodes by depth, and how the old ones are numbered after them.
 class Insertions {
  public:
-  Insertions(const Trie& trie, std::int64_t depth) : offsets_(level_offsets_of(trie)), by_depth_(depth + 2) {
-    while (std::ssize(offsets_) < depth + 3) offsets_.push_back(trie.nodes);
+  Insertions(const Trie& trie, std::int64_t depth) : offsets_(level_offsets_of(trie)) {
+    while (std::ssize(offsets_) < depth + 2) offsets_.push_back(trie.nodes);
+    by_depth_.resize(levels() + 1);
   }
-  std::int64_t depth() const { return std::ssize(offsets_) - 2; }
+  // How many depths have nodes, or may have.
+  std::int64_t levels() const { return std::ssize(offsets_) - 1; }
   std::int64_t offset(std::int64_t depth) const { return offsets_[depth]; }
   const std::vector<Inserted>& at(std::int64_t depth) const { return by_depth_[depth]; }
   std::int64_t add(std::int64_t depth, const Inserted& node) {
-    if (std::ssize(by_depth_) < depth + 2) by_depth_.resize(depth + 2);
     by_depth_[depth].push_back(node);
     return std::ssize(by_depth_[depth]) - 1;
   }
   // Once all are in.
   void count() {
-    by_depth_.resize(std::max<std::size_t>(by_depth_.size(), depth() + 2));
     shallower_.assign(by_depth_.size() + 1, 0);
     for (std::size_t depth = 0; depth < by_depth_.size(); ++depth)
       shallower_[depth + 1] = shallower_[depth] + std::ssize(by_depth_[depth]);
@@ -106,7 +106,7 @@ std::vector<Place> insert_paths(const Trie& trie, const Rows<Token>& rows, Inser
 
 void write_nodes(const Trie& trie, const Insertions& insertions, TrieArrays& out) {
   std::int64_t node = 0;
-  for (std::int64_t depth = 0; depth < insertions.depth(); ++depth) {
+  for (std::int64_t depth = 0; depth < insertions.levels(); ++depth) {
     const auto &here = insertions.at(depth), &below = insertions.at(depth + 1);
     const std::int64_t end = insertions.offset(depth + 1), shallower = insertions.shallower(depth + 1);
     std::int64_t old = insertions.offset(depth);

@@ -169,6 +169,18 @@ class PrefixTrie:
     def _arrays(self) -> Arrays:
         return {name: getattr(self, name).cpu().numpy() for name in ARRAYS}
 
+    def __getstate__(self) -> dict[str, Any]:
+        # torch pickles no uint16.
+        narrow = self.narrow_token.dtype == torch.uint16
+        token = self.narrow_token.view(torch.int16) if narrow else self.narrow_token
+        made = {"_token": None, "_parent": None, "_ranges": None}
+        return self.__dict__ | made | {"narrow_token": token}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.narrow_token.dtype == torch.int16:
+            self.narrow_token = self.narrow_token.view(torch.uint16)
+
     def __repr__(self) -> str:
         return (
             f"PrefixTrie(num_items={self.num_present}, num_nodes={self.num_nodes}, "

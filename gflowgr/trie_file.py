@@ -101,11 +101,11 @@ def _read(path: str | os.PathLike[str], check: bool | None) -> Saved:
         raise ValueError(f"its format is {metadata.get('format')!r}, needs {FORMAT!r}")
     if set(entries) != set(ARRAYS):
         raise ValueError(f"it holds {sorted(entries)}, needs {sorted(ARRAYS)}")
+    spans = {name: _span(name, entry) for name, entry in entries.items()}
     arrays, expected = {}, 8 + length
-    for name in _ORDER:
-        dtype, begin, end = _span(name, entries[name])
-        if 8 + length + begin != expected:
-            raise ValueError(f"{name} is not where the array before it ends")
+    for name, (dtype, begin, end) in sorted(spans.items(), key=lambda named: named[1][1]):
+        if 8 + length + begin != expected or expected % dtype.itemsize:
+            raise ValueError(f"{name} is not where the array before it ends, or not aligned")
         expected += end - begin
         if expected > status.st_size:
             raise ValueError(f"it has {status.st_size} bytes, {name} ends at {expected}: it is truncated")
@@ -126,7 +126,7 @@ def _read(path: str | os.PathLike[str], check: bool | None) -> Saved:
 def _parsed(text: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         entries = json.loads(text)
-        metadata = entries.pop("__metadata__")
+        metadata = entries.pop("__metadata__", {})
         metadata.get("format")
     except (ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:
         raise ValueError("its header is not one of safetensors with metadata") from error

@@ -95,7 +95,7 @@ def _sample(
 
     alive = leader < end
     chooses = first < choice_end
-    drawn_token = tl.load(token + drawn, mask=alive, other=-1).to(tl.int64)
+    drawn_token = tl.where(alive, tl.load(token + drawn, mask=alive, other=0).to(tl.int64), -1)
     value = tl.load(row + drawn_token * token_stride, mask=chooses, other=0.0).to(sums)
     log_prob = value - peak - tl.log(tl.where(total > 0.0, total, 1.0))
     tl.store(drawn_tokens + index, drawn_token, mask=row_exists)

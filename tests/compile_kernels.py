@@ -45,8 +45,8 @@ def launches(
         recorded.append((function, args, kwargs))
 
     trie = PrefixTrie([[first, second] for first in range(children) for second in range(2)])
-    arrays = (trie.first_child, trie.token, trie.max_children)
-    item_arrays = (trie.first_child, trie.token, trie.first_item, trie.item_count, trie.item_order)
+    arrays = (trie.first_child, trie.narrow_token, trie.max_children)
+    item_arrays = (trie.first_child, trie.narrow_token, trie.first_item, trie.item_count, trie.item_order)
     sums = torch.float64 if dtype == torch.float64 else torch.float32
     logits = torch.zeros(batch * steps * children + 1, dtype=dtype)[1:].view(batch, steps, children)
     tokens = torch.zeros(batch, steps, dtype=torch.int64)

@@ -38,12 +38,7 @@ class Filtered:
         return DictTrie([self.rows[item] for item in self.kept])
 
     def trie(self, device: torch.device) -> PrefixTrie:
-        """The kept items under the ids that they had among all, as after a removal."""
-        trie, ids = PrefixTrie([self.rows[item] for item in self.kept]), torch.tensor(self.kept)
-        node = torch.full((len(self.rows),), -1, dtype=torch.int32)
-        node[ids] = trie.item_node
-        trie.item_node, trie.item_order = node, ids[trie.item_order.long()].int()
-        return trie.to(device)
+        return PrefixTrie(self.rows).remove(sorted(self.removed)).to(device)
 
     def filter(self, trie: PrefixTrie) -> ItemFilter:
         return ItemFilter(

@@ -160,7 +160,7 @@ def test_every_public_op_is_registered() -> None:
 def arguments(name: str, backend: str, device: torch.device) -> tuple[Any, ...]:
     """Of the registered op `name`."""
     x = inputs(2, device)
-    arrays = (x.trie.first_child, x.trie.token)
+    arrays = (x.trie.first_child, x.trie.narrow_token)
     kids = (*arrays, x.trie.max_children)
     items = (*arrays, x.trie.first_item, x.trie.item_count, x.trie.item_order)
     start = torch.zeros(2, dtype=torch.int64, device=device)
@@ -457,7 +457,7 @@ def test_a_trie_of_inference_mode_trains() -> None:
 def test_the_core_refuses_other_memory() -> None:
     """The registered ops take any tensor; the core would read it as what it expects."""
     x = inputs(2, torch.device("cpu"))
-    start, arrays = torch.zeros(2, dtype=torch.int64), (x.trie.first_child, x.trie.token)
+    start, arrays = torch.zeros(2, dtype=torch.int64), (x.trie.first_child, x.trie.narrow_token)
     for tokens, given in ((x.tokens.int(), arrays), (x.tokens, (arrays[0].long(), arrays[1]))):
         with pytest.raises(TypeError, match=r"the C\+\+ core needs torch.int(32|64) on the CPU, contiguous"):
             torch.ops.gflowgr.trie_walk(tokens, start, *given, "cpp")
