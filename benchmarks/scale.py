@@ -13,6 +13,7 @@ import argparse
 import csv
 import os
 import platform
+import statistics
 import tempfile
 import time
 from collections.abc import Iterable
@@ -30,6 +31,7 @@ RESULTS, PAGE = ROOT / "benchmarks" / "results" / "scale.csv", ROOT / "docs" / "
 BEGIN, END = "<!-- table -->\n", "<!-- /table -->\n"
 LEVELS, CODES, SKEW = 8, 2048, 0.7
 COMPUTED = (10_000_000, 100_000_000)
+CHANGED = 1000
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,9 @@ class Measured:
     bytes_of_build: int  # the peak, beside the input
     save_seconds: float
     load_seconds: float
+    checked_load_seconds: float  # every byte read
+    add_seconds: float  # of CHANGED items
+    remove_seconds: float
 
 
 def catalogue(items: int, seed: int = 0) -> np.ndarray:
@@ -80,7 +85,18 @@ def measure(items: int, repeats: int) -> Measured:
         saved = time.perf_counter()
         PrefixTrie.load(path)
         loaded = time.perf_counter()
+        PrefixTrie.load(path, verify=True)
+        checked = time.perf_counter()
         size = path.stat().st_size
+    new = catalogue(CHANGED, seed=1)
+    adds, removes = [], []
+    for _ in range(repeats):
+        unchanged = time.perf_counter()
+        more = trie.add(new)
+        added = time.perf_counter()
+        more.remove(range(0, items, items // CHANGED)[:CHANGED])
+        adds.append(added - unchanged)
+        removes.append(time.perf_counter() - added)
     return Measured(
         date=date.today().isoformat(),
         machine=f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s)",
@@ -92,6 +108,9 @@ def measure(items: int, repeats: int) -> Measured:
         bytes_of_build=peak,
         save_seconds=saved - start,
         load_seconds=loaded - saved,
+        checked_load_seconds=checked - loaded,
+        add_seconds=statistics.median(adds),
+        remove_seconds=statistics.median(removes),
     )
 
 
@@ -113,8 +132,9 @@ def table(measured: Iterable[Measured]) -> str:
     lines = [
         f"{LEVELS} codes of {CODES}, drawn with probability ∝ rank^-{SKEW}; {last.machine}, {last.date}:",
         "",
-        "| items | nodes an item | bytes a node | trie | file | build | peak of the build | save | load |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| items | nodes an item | bytes a node | trie | build | peak of the build | save | load "
+        f"| load, checked | add {CHANGED:,} | remove {CHANGED:,} |",
+        "|" + " --- |" * 11,
     ]
     for row in rows:
         cells = [
@@ -122,11 +142,13 @@ def table(measured: Iterable[Measured]) -> str:
             f"{row.nodes / row.items:.2f}",
             f"{row.bytes_of_trie / row.nodes:.2f}",
             amount(row.bytes_of_trie),
-            amount(row.bytes_of_file),
             duration(row.build_seconds),
             amount(row.bytes_of_build),
             duration(row.save_seconds),
             duration(row.load_seconds),
+            duration(row.checked_load_seconds),
+            duration(row.add_seconds),
+            duration(row.remove_seconds),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     for items in COMPUTED:
@@ -138,11 +160,13 @@ def table(measured: Iterable[Measured]) -> str:
             f"{last.nodes / last.items:.2f}",
             f"{last.bytes_of_trie / last.nodes:.2f}",
             amount(last.bytes_of_trie * times),
-            amount(last.bytes_of_file * times),
             duration(last.build_seconds * times),
             amount(last.bytes_of_build * times),
             duration(last.save_seconds * times),
-            "-",
+            duration(last.load_seconds),
+            duration(last.checked_load_seconds * times),
+            duration(last.add_seconds * times),
+            duration(last.remove_seconds * times),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 
 import training_fixtures as fixtures
+
+from gflowgr.backbones import build_t5
 
 README = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
 
@@ -42,6 +45,30 @@ def test_from_a_log_to_a_recommender(tmp_path, monkeypatch, capsys) -> None:
     assert "max_steps=2000" in code
     exec(code.replace("max_steps=2000", "max_steps=3, use_cpu=True"), {})
     assert "eval_ndcg@10" in capsys.readouterr().out
+
+
+def test_generating_and_changing_a_catalogue(tmp_path, monkeypatch) -> None:
+    _, semantic_ids = fixtures.world()
+    trie = semantic_ids.trie()
+    inputs = torch.randint(3, semantic_ids.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
+    new = semantic_ids.tokens[:3].flip(0).numpy()
+    names: dict[str, object] = {
+        "model": build_t5(semantic_ids, layers=1, d_model=16, heads=2, d_kv=8, d_ff=16).transformer,
+        "inputs": {"input_ids": inputs, "attention_mask": torch.ones_like(inputs)},
+        "trie": trie,
+        "bought": [[0, 1], [2]],
+        "in_stock": list(range(trie.num_items - 2)),
+        "users": torch.tensor([7, 8]),
+        "new_sequences": new,
+    }
+    monkeypatch.chdir(tmp_path)
+    exec(block("sample_without_replacement"), names)
+    assert not {0, 1} & set(names["best"].items[0].tolist())
+    assert names["best"].items.max() < trie.num_items - 2
+    assert names["group"].log_inclusion.shape == (2, 10)
+    assert len(set(names["group"].items[0].tolist())) == 10
+    assert names["trie"].num_items == trie.num_items + 3
+    assert names["trie"].num_present == trie.num_items + 1
 
 
 def _whole_sequence(data, user: int) -> list[int]:

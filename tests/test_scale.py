@@ -28,12 +28,13 @@ def scale() -> ModuleType:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read from Linux's /proc")
 def test_what_is_measured(scale: ModuleType) -> None:
-    rows = scale.catalogue(3000)
+    rows = scale.catalogue(3000, seed=0)
     trie = PrefixTrie(rows)
     found = scale.measure(3000, repeats=1)
     assert (found.items, found.nodes) == (3000, trie.num_nodes)
     assert found.bytes_of_trie == trie.nbytes <= found.bytes_of_file
-    assert min(found.build_seconds, found.save_seconds, found.load_seconds) > 0
+    assert min(found.build_seconds, found.save_seconds, found.load_seconds, found.checked_load_seconds) > 0
+    assert min(found.add_seconds, found.remove_seconds) > 0
 
 
 def test_codes_are_skewed_as_the_page_says(scale: ModuleType) -> None:
@@ -43,12 +44,15 @@ def test_codes_are_skewed_as_the_page_says(scale: ModuleType) -> None:
 
 
 def test_computed_rows_are_the_largest_measured_one_times_the_items(scale: ModuleType) -> None:
-    one = scale.Measured("2026-11-24", "m", 10**6, 6 * 10**6, 2**27, 2**27, 0.5, 2**28, 0.25, 0.01)
+    one = scale.Measured(
+        "2026-11-24", "m", 10**6, 6 * 10**6, 2**27, 2**27, 0.5, 2**28, 0.25, 0.01, 0.2, 0.03, 0.04
+    )
     small = replace(one, items=10**4, nodes=7 * 10**4, build_seconds=0.001)
     lines = scale.table([one, small]).splitlines()
     assert lines[4].startswith("| 10,000 | 7.00 ")
     assert lines[-1].split(" | ")[0] == "| 100,000,000, computed"
-    assert lines[-1].split(" | ")[3:8] == ["12.5 GiB", "12.5 GiB", "50 s", "25 GiB", "25 s"]
+    cells = ["12.5 GiB", "50 s", "25 GiB", "25 s", "10 ms", "20 s", "3 s", "4 s |"]
+    assert lines[-1].split(" | ")[3:] == cells
 
 
 def test_the_page_shows_the_results(scale: ModuleType) -> None:
