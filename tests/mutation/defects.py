@@ -169,8 +169,8 @@ DEFECTS = [
     Defect(
         "csrc/trie.hpp",
         "return {token.from(first), first, first_child[node + 1] - first};",
-        "return {token.from(first), first, first_child[node + 1] - first - (first_child[node + 1] - first > 2)};",
-        "off by one in the child range: the last of three or more is left out",
+        "return {token.from(first), first, first_child[node + 1] - first - (node == 0 && nodes > 2)};",
+        "off by one in the child range: the root's last child is left out",
         VALUES,
     ),
     Defect(
