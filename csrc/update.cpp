@@ -22,7 +22,8 @@ struct Inserted {
 class Insertions {
  public:
   Insertions(const Trie& trie, std::int64_t depth) : offsets_(level_offsets_of(trie)), by_depth_(depth + 2) {
-    while (std::ssize(offsets_) < depth + 3) offsets_.push_back(trie.nodes);
+    // Rows may be shorter than the trie is deep, and longer: either way one empty depth follows the last.
+    offsets_.resize(std::max<std::size_t>(offsets_.size() + 1, depth + 3), trie.nodes);
   }
   std::int64_t depth() const { return std::ssize(offsets_) - 2; }
   std::int64_t offset(std::int64_t depth) const { return offsets_[depth]; }
