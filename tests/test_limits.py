@@ -17,7 +17,7 @@ from fuzz import files
 from gflowgr import PrefixTrie, ops
 from gflowgr.numpy_trie import NumpyTrie
 from gflowgr.serving import CatalogueConstraint
-from gflowgr.trie import build_with_numpy
+from gflowgr.trie_arrays import build_with_numpy
 
 pytest.importorskip("gflowgr._core", reason="the C++ extension is not compiled")
 

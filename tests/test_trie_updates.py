@@ -34,7 +34,9 @@ def require_same(trie: PrefixTrie, rows: Rows, present: Sequence[int]) -> None:
             assert found.dtype == wanted.dtype
 
 
-@pytest.mark.parametrize("added", [[[0]], [[9]], [[5]], [[5, 6]], [[5, 6, 7]], [[5, 6, 7, 8, 9]], [[1], [5, 1]]])
+@pytest.mark.parametrize(
+    "added", [[[0]], [[9]], [[5]], [[5, 6]], [[5, 6, 7]], [[5, 6, 7, 8, 9]], [[1], [5, 1]]]
+)
 def test_added_rows_may_be_shorter_or_longer_than_the_trie_is_deep(added: list[list[int]]) -> None:
     """Rows with fewer levels than the trie left its last level unwritten; a fuzzer found it."""
     rows = [[5, 6, 7], [5, 8, 2**31 - 5]]

@@ -62,10 +62,10 @@ inline std::int64_t consume_token(FuzzedDataProvider& bytes, int kind) {
 }
 
 inline Sequences consume_rows(FuzzedDataProvider& bytes, std::int64_t most_items, std::int64_t most_levels,
-                         std::int64_t largest_token) {
+                              std::int64_t largest_token) {
   Sequences rows{bytes.ConsumeIntegralInRange<std::int64_t>(1, most_items),
-            bytes.ConsumeIntegralInRange<std::int64_t>(1, most_levels),
-            {}};
+                 bytes.ConsumeIntegralInRange<std::int64_t>(1, most_levels),
+                 {}};
   const int kind = bytes.ConsumeIntegralInRange<int>(0, 5);
   for (std::int64_t i = 0; i < rows.items * rows.levels; ++i) {
     const std::int64_t token = consume_token(bytes, kind == 5 ? bytes.ConsumeIntegralInRange<int>(0, 4) : kind);

@@ -110,8 +110,8 @@ bool remove(FuzzedDataProvider& bytes, const Version& now, Version& next) {
   }
   // They come in no order.
   if (!removed.empty())
-    std::rotate(removed.begin(),
-                removed.begin() + bytes.ConsumeIntegralInRange<std::size_t>(0, removed.size() - 1), removed.end());
+    std::rotate(removed.begin(), removed.begin() + bytes.ConsumeIntegralInRange<std::size_t>(0, removed.size() - 1),
+                removed.end());
   if (bytes.ConsumeBool()) std::reverse(removed.begin(), removed.end());
   const bool leaves_any = std::find(next.present.begin(), next.present.end(), true) != next.present.end();
   bool done = true;
@@ -142,8 +142,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   versions[0].arrays = build_trie(rows.tokens.data(), rows.items, rows.levels);
   for (int steps = bytes.ConsumeIntegralInRange<int>(1, kMostSteps); steps > 0; --steps) {
     Version next;
-    const bool changed =
-        bytes.ConsumeBool() ? add(bytes, versions.back(), next) : remove(bytes, versions.back(), next);
+    const bool changed = bytes.ConsumeBool() ? add(bytes, versions.back(), next) : remove(bytes, versions.back(), next);
     if (!changed) continue;
     check(next);
     versions.push_back(std::move(next));

@@ -51,8 +51,7 @@ void append_rows(Version& version, std::int64_t count, std::int64_t largest) {
   for (std::int64_t item = version.items(), end = item + count; item < end; ++item) {
     const std::int64_t tokens[kLevels] = {version.number % 5, item, item + version.number, largest};
     const std::int64_t length = 2 + item % 3;
-    for (std::int64_t level = 0; level < kLevels; ++level)
-      version.rows.push_back(level < length ? tokens[level] : -1);
+    for (std::int64_t level = 0; level < kLevels; ++level) version.rows.push_back(level < length ? tokens[level] : -1);
     version.present.push_back(true);
   }
 }
