@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gflowgr.trie_arrays import ARRAYS, Arrays, Levels, fingerprint, levels_of, verify
 
@@ -96,7 +98,7 @@ def _read(path: str | os.PathLike[str], check: bool | None) -> Saved:
         if status.st_size < 8 or not 2 <= length <= min(status.st_size - 8, _LONGEST_HEADER):
             raise ValueError(f"it has {status.st_size} bytes, which is no safetensors file")
         entries, metadata = _parsed(file.read(length))
-        pages = np.memmap(file, dtype=np.uint8, mode="c")
+        pages = _mapped(file)
     if metadata.get("format") != FORMAT:
         raise ValueError(f"its format is {metadata.get('format')!r}, needs {FORMAT!r}")
     if set(entries) != set(ARRAYS):
@@ -121,6 +123,16 @@ def _read(path: str | os.PathLike[str], check: bool | None) -> Saved:
         if levels_of(arrays) != levels:
             raise ValueError("its levels are not those of its arrays, so it is damaged")
     return Saved(arrays, levels, claimed)
+
+
+def _mapped(file: BinaryIO) -> NDArray[np.uint8]:
+    try:
+        return np.memmap(file, dtype=np.uint8, mode="c")
+    except OSError as error:
+        # Callers that get by with less memory catch one type, whether memory or address space runs out.
+        if error.errno == errno.ENOMEM:
+            raise MemoryError(f"path {file.name!r} cannot be mapped: {error}") from error
+        raise
 
 
 def _parsed(text: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
