@@ -97,6 +97,8 @@ def _read(path: str | os.PathLike[str], check: bool | None) -> Saved:
         length = int.from_bytes(file.read(8), "little")
         if status.st_size < 8 or not 2 <= length <= min(status.st_size - 8, _LONGEST_HEADER):
             raise ValueError(f"it has {status.st_size} bytes, which is no safetensors file")
+        if length % 8:
+            raise ValueError(f"its header has {length} bytes, needs a multiple of 8 for arrays to be aligned")
         entries, metadata = _parsed(file.read(length))
         pages = _mapped(file)
     if metadata.get("format") != FORMAT:

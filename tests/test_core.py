@@ -292,7 +292,7 @@ def test_works_without_the_extension_and_without_triton(tmp_path: Path) -> None:
     source = Path(gflowgr.__file__).parent
     package = tmp_path / "gflowgr"
     (package / "ops").mkdir(parents=True)
-    for name in ("__init__", "trie", "numpy_trie", "item_sets", "reference"):
+    for name in ("__init__", "trie", "trie_arrays", "trie_file", "numpy_trie", "item_sets", "reference"):
         (package / f"{name}.py").symlink_to(source / f"{name}.py")
     for file in (source / "ops").glob("*.py"):
         (package / "ops" / file.name).symlink_to(file)
