@@ -53,6 +53,7 @@ class TokenBuffer {
     if (node == 0) set(0, -1);
   }
   bool is_narrow() const { return is_narrow_; }
+  Tokens tokens() const { return is_narrow_ ? Tokens(narrow_.data()) : Tokens(wide_.data()); }
   Buffer<std::uint16_t>& narrow() { return narrow_; }
   Buffer<std::int32_t>& wide() { return wide_; }
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gflowgr.trie_arrays import ARRAYS, Arrays, Levels, fingerprint, levels_of, verify
 
@@ -52,6 +55,7 @@ def write(path: str | os.PathLike[str], arrays: Arrays, levels: Levels, fingerpr
         begin, end = end, end + arrays[name].nbytes
         dtype = _NAMES[arrays[name].dtype.newbyteorder("<")]
         header[name] = {"dtype": dtype, "shape": [arrays[name].size], "data_offsets": [begin, end]}
+    header["__metadata__"]["digest"] = _digest(header)
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -95,8 +99,10 @@ def _read(path: str | os.PathLike[str], check: bool | None) -> Saved:
         length = int.from_bytes(file.read(8), "little")
         if status.st_size < 8 or not 2 <= length <= min(status.st_size - 8, _LONGEST_HEADER):
             raise ValueError(f"it has {status.st_size} bytes, which is no safetensors file")
+        if length % 8:
+            raise ValueError(f"its header has {length} bytes, needs a multiple of 8 for arrays to be aligned")
         entries, metadata = _parsed(file.read(length))
-        pages = np.memmap(file, dtype=np.uint8, mode="c")
+        pages = _mapped(file)
     if metadata.get("format") != FORMAT:
         raise ValueError(f"its format is {metadata.get('format')!r}, needs {FORMAT!r}")
     if set(entries) != set(ARRAYS):
@@ -114,13 +120,27 @@ def _read(path: str | os.PathLike[str], check: bool | None) -> Saved:
         raise ValueError(f"it has {status.st_size} bytes, needs {expected}")
     claimed = str(metadata.get("fingerprint"))
     levels = _levels(metadata.get("levels"))
-    if check or (check is None and metadata.get("written") != str(status.st_mtime_ns)):
+    # Arrays of a trusted file are not looked at, so what says where they are has to be as it was written.
+    own = {name: value for name, value in metadata.items() if name != "digest"}
+    whole = metadata.get("digest") == _digest({"__metadata__": own, **entries})
+    untouched = whole and metadata.get("written") == str(status.st_mtime_ns)
+    if check or (check is None and not untouched):
         verify(arrays)
         if fingerprint(arrays) != claimed:
             raise ValueError("its arrays do not match its fingerprint, so it is damaged")
         if levels_of(arrays) != levels:
             raise ValueError("its levels are not those of its arrays, so it is damaged")
     return Saved(arrays, levels, claimed)
+
+
+def _mapped(file: BinaryIO) -> NDArray[np.uint8]:
+    try:
+        return np.memmap(file, dtype=np.uint8, mode="c")
+    except OSError as error:
+        # Callers that get by with less memory catch one type, whether memory or address space runs out.
+        if error.errno == errno.ENOMEM:
+            raise MemoryError(f"path {file.name!r} cannot be mapped: {error}") from error
+        raise
 
 
 def _parsed(text: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -131,6 +151,10 @@ def _parsed(text: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     except (ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:
         raise ValueError("its header is not one of safetensors with metadata") from error
     return entries, metadata
+
+
+def _digest(header: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(header, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _span(name: str, entry: Any) -> tuple[np.dtype[Any], int, int]:

@@ -17,7 +17,7 @@ from fuzz import files
 from gflowgr import PrefixTrie, ops
 from gflowgr.numpy_trie import NumpyTrie
 from gflowgr.serving import CatalogueConstraint
-from gflowgr.trie import build_with_numpy
+from gflowgr.trie_arrays import build_with_numpy
 
 pytest.importorskip("gflowgr._core", reason="the C++ extension is not compiled")
 
@@ -279,6 +279,15 @@ def test_changed_files_are_refused_or_without_effect(tmp_path: Path) -> None:
             break
 
 
+def test_arrays_that_are_not_aligned_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "shifted.safetensors"
+    PrefixTrie([[1, 2], [1, 3]]).save(path)
+    header, arrays = files.parts(path.read_bytes())
+    path.write_bytes((len(header) + 1).to_bytes(8, "little") + header + b" " + arrays)
+    with pytest.raises(ValueError, match=r"shifted.*multiple of 8"):
+        PrefixTrie.load(path)
+
+
 def test_the_fuzzer_sees_a_file_that_got_through(tmp_path: Path) -> None:
     """A checker that finds nothing must be able to find something."""
     path = tmp_path / "other.safetensors"
@@ -286,3 +295,7 @@ def test_the_fuzzer_sees_a_file_that_got_through(tmp_path: Path) -> None:
     assert (
         files.finding(path, {PrefixTrie([[9, 8]]).fingerprint}) == "another catalogue than any that was saved"
     )
+    trie = PrefixTrie.load(path)
+    assert files.levels_agree(trie, trie._arrays())
+    trie.max_children_at = (1, 2)
+    assert not files.levels_agree(trie, trie._arrays())

@@ -368,6 +368,20 @@ def test_an_untouched_file_is_trusted_and_any_other_checked(tmp_path: Path) -> N
             load(path, verify=True)
 
 
+def test_a_changed_header_is_never_trusted(tmp_path: Path) -> None:
+    path = tmp_path / "trie"
+    PrefixTrie(ROWS).save(path)
+    saved, content = path.stat(), path.read_bytes()
+    for old, new in (
+        (b'\\"largest_token\\": [4, 5]', b'\\"largest_token\\": [4, 4]'),
+        (b"[0, 28]", b"[28, 0]"),
+    ):
+        assert content.count(old) == 1
+        path.write_bytes(content.replace(old, new))
+        os.utime(path, ns=(saved.st_atime_ns, saved.st_mtime_ns))
+        refuse(path, "")
+
+
 def test_writing_to_a_loaded_trie_leaves_the_file_alone(tmp_path: Path) -> None:
     path = tmp_path / "trie"
     PrefixTrie(ROWS).save(path)

@@ -8,9 +8,8 @@
 #include <map>
 #include <vector>
 
-#include "build.hpp"
-#include "flows.hpp"
 #include "policy.hpp"
+#include "views.hpp"
 
 // A catalogue out of a fuzzer's bytes, and what its trie has to be, found without any of the core's code.
 namespace gflowgr::fuzz {
@@ -25,7 +24,7 @@ namespace gflowgr::fuzz {
 
 using Path = std::vector<std::int64_t>;
 
-struct Rows {
+struct Sequences {
   std::int64_t items, levels;
   std::vector<std::int64_t> tokens;
 
@@ -62,11 +61,11 @@ inline std::int64_t consume_token(FuzzedDataProvider& bytes, int kind) {
   }
 }
 
-inline Rows consume_rows(FuzzedDataProvider& bytes, std::int64_t most_items, std::int64_t most_levels,
-                         std::int64_t largest_token) {
-  Rows rows{bytes.ConsumeIntegralInRange<std::int64_t>(1, most_items),
-            bytes.ConsumeIntegralInRange<std::int64_t>(1, most_levels),
-            {}};
+inline Sequences consume_rows(FuzzedDataProvider& bytes, std::int64_t most_items, std::int64_t most_levels,
+                              std::int64_t largest_token) {
+  Sequences rows{bytes.ConsumeIntegralInRange<std::int64_t>(1, most_items),
+                 bytes.ConsumeIntegralInRange<std::int64_t>(1, most_levels),
+                 {}};
   const int kind = bytes.ConsumeIntegralInRange<int>(0, 5);
   for (std::int64_t i = 0; i < rows.items * rows.levels; ++i) {
     const std::int64_t token = consume_token(bytes, kind == 5 ? bytes.ConsumeIntegralInRange<int>(0, 4) : kind);
@@ -89,7 +88,7 @@ inline Rows consume_rows(FuzzedDataProvider& bytes, std::int64_t most_items, std
 struct Oracle {
   std::map<Path, std::vector<std::int64_t>> items_under, items_at;
 
-  explicit Oracle(const Rows& rows) {
+  explicit Oracle(const Sequences& rows) {
     for (std::int64_t item = 0; item < rows.items; ++item) {
       bool valid = false;
       const Path path = rows.path(item, valid);
@@ -110,10 +109,6 @@ struct Oracle {
   }
 };
 
-inline Trie view(const TrieArrays& arrays) {
-  return {arrays.first_child.data(), arrays.token.data(), static_cast<std::int64_t>(arrays.token.size())};
-}
-
 // The path into every node, parents before children.
 inline std::vector<Path> paths_of(const Trie& trie) {
   std::vector<Path> paths(trie.nodes);
@@ -125,7 +120,7 @@ inline std::vector<Path> paths_of(const Trie& trie) {
   return paths;
 }
 
-inline bool all_valid(const Rows& rows) {
+inline bool all_valid(const Sequences& rows) {
   for (std::int64_t item = 0; item < rows.items; ++item) {
     bool valid = false;
     rows.path(item, valid);

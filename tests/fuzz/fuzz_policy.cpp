@@ -29,11 +29,22 @@ T consume_logit(FuzzedDataProvider& bytes, bool tame) {
   return tame ? narrow<T>(bytes.ConsumeIntegralInRange<int>(-4000, 4000) / 100.0) : from_bits<T>(bytes);
 }
 
+// The catalogue of `rows`, of which some items may have been removed.
+TrieArrays consume_catalogue(FuzzedDataProvider& bytes, const Sequences& rows) {
+  TrieArrays arrays = build_trie(rows.tokens.data(), rows.items, rows.levels);
+  std::vector<std::int64_t> removed;
+  if (bytes.ConsumeBool())
+    for (std::int64_t item = 0; item < rows.items; ++item)
+      if (bytes.ConsumeIntegralInRange<int>(0, 2) == 0) removed.push_back(item);
+  if (std::ssize(removed) == rows.items) removed.pop_back();
+  return removed.empty() ? std::move(arrays) : remove_items(catalogue(arrays), removed.data(), std::ssize(removed));
+}
+
 // Which items each row of a batch may get, and the filter made of that.
 class Wishes {
  public:
   Wishes(FuzzedDataProvider& bytes, const TrieArrays& arrays, std::int64_t batch)
-      : arrays_(arrays), trie_(view(arrays)) {
+      : trie_(view(arrays)), ranges_(arrays) {
     const std::int64_t items = arrays.item_node.size();
     const bool sets = bytes.ConsumeBool();
     const std::int64_t num_sets = sets ? bytes.ConsumeIntegralInRange<int>(1, 3) : 0;
@@ -41,9 +52,7 @@ class Wishes {
     allowed_.assign(num_sets * words_, 0);
     std::vector<std::int32_t> item_words(num_sets * ((items + 31) / 32), 0);
     std::vector<std::vector<bool>> members(num_sets, std::vector<bool>(items, false));
-    const EndingItems ending{
-        trie_, arrays.first_item.data(), arrays.item_count.data(), arrays.item_order.data(), arrays.item_node.data(),
-        items};
+    const Catalogue all = catalogue(arrays);
     for (std::int64_t set = 0; set < num_sets; ++set) {
       std::vector<std::int64_t> chosen;
       for (int i = bytes.ConsumeIntegralInRange<int>(0, 12); i > 0; --i) {
@@ -51,7 +60,7 @@ class Wishes {
         members[set][chosen.back()] = true;
       }
       bits_.push_back({item_words.data() + set * ((items + 31) / 32), allowed_.data() + set * words_});
-      allow(ending, chosen.data(), chosen.size(), bits_[set]);
+      allow(all, chosen.data(), chosen.size(), bits_[set]);
     }
     std::vector<std::int64_t> offsets{0}, excluded;
     std::vector<AllowedSet> of_row;
@@ -67,7 +76,7 @@ class Wishes {
         }
       offsets.push_back(excluded.size());
     }
-    hidden_ = hidden_nodes(ending, offsets.data(), excluded.data(), batch, num_sets ? &of_row : nullptr, 1);
+    hidden_ = hidden_nodes(all, offsets.data(), excluded.data(), batch, num_sets ? &of_row : nullptr, 1);
     filter_ = {hidden_.offsets.data(),
                hidden_.nodes.data(),
                num_sets ? allowed_.data() : nullptr,
@@ -83,16 +92,16 @@ class Wishes {
     if (node < 0 || node >= trie_.nodes) return kids;
     for (std::int64_t child = trie_.first_child[node]; child < trie_.first_child[node + 1]; ++child) {
       bool available = false;
-      for (std::int64_t i = 0; i < arrays_.item_count[child]; ++i)
-        available = available || left_[b][arrays_.item_order[arrays_.first_item[child] + i]];
+      for (std::int64_t i = 0; i < ranges_.item_count[child]; ++i)
+        available = available || left_[b][ranges_.item_order[ranges_.first_item[child] + i]];
       if (available) kids.push_back(child);
     }
     return kids;
   }
 
  private:
-  const TrieArrays& arrays_;
   Trie trie_;
+  ItemRanges ranges_;
   std::int64_t words_;
   std::vector<std::int32_t> allowed_;
   std::vector<AllowedSet> bits_;
@@ -268,9 +277,9 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   using namespace gflowgr::fuzz;
   FuzzedDataProvider bytes(data, size);
   const std::int64_t largest = bytes.ConsumeIntegralInRange<int>(0, 40);
-  const Rows rows = consume_rows(bytes, 60, 4, largest);
+  const Sequences rows = consume_rows(bytes, 60, 4, largest);
   if (!all_valid(rows)) return 0;
-  const TrieArrays arrays = build_trie(rows.tokens.data(), rows.items, rows.levels);
+  const TrieArrays arrays = consume_catalogue(bytes, rows);
   const Trie trie = view(arrays);
   const std::int64_t batch = bytes.ConsumeIntegralInRange<int>(0, 3);
   dispatch(static_cast<Dtype>(bytes.ConsumeIntegralInRange<int>(0, 3)), [&]<class T>(T*) {

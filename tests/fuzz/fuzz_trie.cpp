@@ -8,7 +8,7 @@ namespace gflowgr::fuzz {
 namespace {
 
 template <class Token>
-bool builds(const Rows& rows, TrieArrays& arrays) {
+bool builds(const Sequences& rows, TrieArrays& arrays) {
   const std::vector<Token> tokens(rows.tokens.begin(), rows.tokens.end());
   try {
     arrays = build_trie(tokens.data(), rows.items, rows.levels);
@@ -18,32 +18,60 @@ bool builds(const Rows& rows, TrieArrays& arrays) {
   }
 }
 
-void check_build(const Rows& rows, const TrieArrays& arrays, const Oracle& oracle) {
+void check_build(const Sequences& rows, const TrieArrays& arrays, const Oracle& oracle) {
   const Trie trie = view(arrays);
   REQUIRE(trie.nodes == static_cast<std::int64_t>(oracle.items_under.size()));
   const std::vector<Path> paths = paths_of(trie);
   std::size_t depth = 0;
+  std::int64_t before = 0;
   for (std::int64_t node = 0; node < trie.nodes; ++node) {
     REQUIRE(paths[node].size() >= depth);
     depth = paths[node].size();
     REQUIRE(oracle.has(paths[node]));
     const Children kids = trie.children(node);
     const std::vector<std::int64_t> expected = oracle.children(paths[node]);
-    REQUIRE(std::equal(expected.begin(), expected.end(), kids.tokens, kids.tokens + kids.count));
-    std::vector<std::int64_t> under(arrays.item_order.begin() + arrays.first_item[node],
-                                    arrays.item_order.begin() + arrays.first_item[node] + arrays.item_count[node]);
+    REQUIRE(kids.count == std::ssize(expected));
+    for (std::int64_t child = 0; child < kids.count; ++child) REQUIRE(kids.tokens[child] == expected[child]);
     const auto at = oracle.items_at.find(paths[node]);
-    if (at != oracle.items_at.end()) REQUIRE(std::equal(at->second.begin(), at->second.end(), under.begin()));
-    std::sort(under.begin(), under.end());
-    REQUIRE(under == oracle.items_under.at(paths[node]));
+    const std::vector<std::int64_t> ending = at == oracle.items_at.end() ? std::vector<std::int64_t>{} : at->second;
+    const Catalogue::Ending found = catalogue(arrays).ending_at(node);
+    REQUIRE(std::equal(ending.begin(), ending.end(), found.begin, found.begin + found.count));
+    REQUIRE(found.begin == arrays.node_items.data() + before);
+    before += found.count;
   }
+  REQUIRE(before == rows.items && arrays.item_node.size() == rows.items && arrays.node_items.size() == rows.items);
   for (std::int64_t item = 0; item < rows.items; ++item) {
     bool valid = false;
-    REQUIRE(paths[arrays.item_node[item]] == rows.path(item, valid));
+    REQUIRE(paths[arrays.item_node.data()[item]] == rows.path(item, valid));
   }
 }
 
-void check_walk(FuzzedDataProvider& bytes, const Rows& rows, const TrieArrays& arrays, const Oracle& oracle) {
+void check_levels(const TrieArrays& arrays) {
+  const Trie trie = view(arrays);
+  const std::vector<Path> paths = paths_of(trie);
+  const Levels levels = levels_of(trie);
+  REQUIRE(levels.offsets.back() == trie.nodes);
+  REQUIRE(levels.offsets.size() == paths.back().size() + 2);
+  std::int64_t largest_of_all = 0;
+  for (std::size_t depth = 0; depth < paths.back().size(); ++depth) {
+    std::int64_t first = trie.nodes, most = 0, smallest = kLargest, largest = 0;
+    for (std::int64_t node = 0; node < trie.nodes; ++node) {
+      if (paths[node].size() == depth) {
+        first = std::min(first, node);
+        most = std::max(most, trie.children(node).count);
+      } else if (paths[node].size() == depth + 1) {
+        smallest = std::min(smallest, paths[node].back());
+        largest = std::max(largest, paths[node].back());
+      }
+    }
+    REQUIRE(levels.offsets[depth] == first && levels.most_children[depth] == most);
+    REQUIRE(levels.smallest_token[depth] == smallest && levels.largest_token[depth] == largest);
+    largest_of_all = std::max(largest_of_all, largest);
+  }
+  REQUIRE(arrays.token.is_narrow() == (largest_of_all <= kLargestNarrow));
+}
+
+void check_walk(FuzzedDataProvider& bytes, const Sequences& rows, const TrieArrays& arrays, const Oracle& oracle) {
   const Trie trie = view(arrays);
   const std::vector<Path> paths = paths_of(trie);
   const std::int64_t batch = bytes.ConsumeIntegralInRange<int>(0, 4), steps = bytes.ConsumeIntegralInRange<int>(0, 6);
@@ -66,9 +94,10 @@ void check_walk(FuzzedDataProvider& bytes, const Rows& rows, const TrieArrays& a
   }
 }
 
-void check_flows(FuzzedDataProvider& bytes, const Rows& rows, const TrieArrays& arrays, const Oracle& oracle) {
+void check_flows(FuzzedDataProvider& bytes, const Sequences& rows, const TrieArrays& arrays, const Oracle& oracle) {
   const Trie trie = view(arrays);
-  const ItemTrie tree{trie, arrays.first_item.data(), arrays.item_count.data(), arrays.item_order.data(), rows.items};
+  const ItemRanges ranges(arrays);
+  const ItemTrie tree = ranges.tree(arrays);
   const std::vector<Path> paths = paths_of(trie);
   std::vector<double> rewards(rows.items), flows(trie.nodes, 7), grad(trie.nodes, 1), back(rows.items, 7);
   const bool tame = bytes.ConsumeBool();
@@ -117,16 +146,17 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   using namespace gflowgr;
   using namespace gflowgr::fuzz;
   FuzzedDataProvider bytes(data, size);
-  const Rows rows = consume_rows(bytes, 40, 7, 0x7ffffffe);
-  TrieArrays wide, narrow;
-  const bool built = builds<std::int64_t>(rows, wide);
+  const Sequences rows = consume_rows(bytes, 40, 7, 0x7ffffffe);
+  TrieArrays arrays, of_int32;
+  const bool built = builds<std::int64_t>(rows, arrays);
   REQUIRE(built == all_valid(rows));
-  REQUIRE(builds<std::int32_t>(rows, narrow) == built);
+  REQUIRE(builds<std::int32_t>(rows, of_int32) == built);
   if (!built) return 0;
-  REQUIRE(wide.first_child == narrow.first_child && wide.token == narrow.token && wide.item_node == narrow.item_node);
+  REQUIRE(same(arrays, of_int32));
   const Oracle oracle(rows);
-  check_build(rows, wide, oracle);
-  check_walk(bytes, rows, wide, oracle);
-  check_flows(bytes, rows, wide, oracle);
+  check_build(rows, arrays, oracle);
+  check_levels(arrays);
+  check_walk(bytes, rows, arrays, oracle);
+  check_flows(bytes, rows, arrays, oracle);
   return 0;
 }

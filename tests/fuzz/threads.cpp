@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -12,15 +13,16 @@
 #include <thread>
 #include <vector>
 
-#include "build.hpp"
-#include "flows.hpp"
+#include "filter_build.hpp"
 #include "parallel.hpp"
 #include "policy.hpp"
+#include "views.hpp"
 
 namespace gflowgr {
 namespace {
 
 constexpr int kReaders = 3, kVersions = 40, kRounds = 40;
+constexpr std::int64_t kLevels = 4, kFirstItems = 64, kChanged = 8, kDraws = 32, kWide = 70000;
 
 void require(bool holds, const char* what) {
   if (holds) return;
@@ -28,84 +30,167 @@ void require(bool holds, const char* what) {
   std::exit(1);
 }
 
-struct Catalogue {
-  std::int64_t version;
+// A catalogue, with every row that ever was: item i of version v is [v % 5, i, i + v], cut short or made longer, so
+// that a mixture of two versions would be seen.
+struct Version {
+  std::int64_t number;
   std::vector<std::int64_t> rows;
+  std::vector<bool> present;
   TrieArrays arrays;
+
+  std::int64_t items() const { return std::ssize(present); }
+  std::vector<std::int64_t> ids() const {
+    std::vector<std::int64_t> ids;
+    for (std::int64_t item = 0; item < items(); ++item)
+      if (present[item]) ids.push_back(item);
+    return ids;
+  }
 };
 
-// Version v has the items [v, i, i + v] for i below 64, so a mixture of two versions would be seen.
-std::shared_ptr<const Catalogue> catalogue(std::int64_t version) {
-  auto made = std::make_shared<Catalogue>();
-  made->version = version;
-  for (std::int64_t item = 0; item < 64; ++item)
-    for (const std::int64_t token : {version, item, item + version}) made->rows.push_back(token);
-  made->arrays = build_trie(made->rows.data(), 64, 3);
+void append_rows(Version& version, std::int64_t count, std::int64_t largest) {
+  for (std::int64_t item = version.items(), end = item + count; item < end; ++item) {
+    const std::int64_t tokens[kLevels] = {version.number % 5, item, item + version.number, largest};
+    const std::int64_t length = 2 + item % 3;
+    for (std::int64_t level = 0; level < kLevels; ++level) version.rows.push_back(level < length ? tokens[level] : -1);
+    version.present.push_back(true);
+  }
+}
+
+std::shared_ptr<const Version> first_version() {
+  auto made = std::make_shared<Version>();
+  made->number = 1;
+  append_rows(*made, kFirstItems, 0);
+  made->arrays = build_trie(made->rows.data(), made->items(), kLevels);
   return made;
 }
 
-Trie view(const Catalogue& from) {
-  return {from.arrays.first_child.data(), from.arrays.token.data(),
-          static_cast<std::int64_t>(from.arrays.token.size())};
+// Versions in turn: items added, the oldest removed, items added whose tokens need 32 bits, those removed again.
+std::shared_ptr<const Version> next_version(const Version& now) {
+  auto made = std::make_shared<Version>();
+  made->number = now.number + 1;
+  made->rows = now.rows;
+  made->present = now.present;
+  const Catalogue from = fuzz::catalogue(now.arrays);
+  if (made->number % 2 == 0) {
+    append_rows(*made, kChanged, made->number % 4 == 0 ? kWide : 0);
+    made->arrays = add_items(from, made->rows.data() + now.rows.size(), kChanged, kLevels);
+  } else {
+    const std::vector<std::int64_t> ids = now.ids();
+    const std::int64_t* removed = made->number % 4 == 1 ? ids.data() + ids.size() - kChanged : ids.data();
+    for (std::int64_t i = 0; i < kChanged; ++i) made->present[removed[i]] = false;
+    made->arrays = remove_items(from, removed, kChanged);
+  }
+  return made;
 }
 
 class Current {
  public:
-  std::shared_ptr<const Catalogue> get() {
+  std::shared_ptr<const Version> get() {
     std::lock_guard<std::mutex> lock(mutex_);
-    return catalogue_;
+    return version_;
   }
-  void set(std::shared_ptr<const Catalogue> next) {
+  void set(std::shared_ptr<const Version> next) {
     std::lock_guard<std::mutex> lock(mutex_);
-    catalogue_.swap(next);
+    version_.swap(next);
   }
 
  private:
   std::mutex mutex_;
-  std::shared_ptr<const Catalogue> catalogue_ = catalogue(1);
+  std::shared_ptr<const Version> version_ = first_version();
 };
 
-void read_once(const Catalogue& now) {
-  const Trie trie = view(now);
-  const std::vector<std::int64_t> start(64, 0);
-  std::vector<std::int64_t> nodes(now.rows.size()), tokens(64), reached(64);
-  walk(trie, now.rows.data(), start.data(), 64, 3, nodes.data(), 2);
-  for (std::int64_t item = 0; item < 64; ++item)
-    require(nodes[item * 3 + 2] == now.arrays.item_node[item], "every item of the version that is read is found");
+void walk_all(const Version& now) {
+  const std::vector<std::int64_t> start(now.items(), 0);
+  std::vector<std::int64_t> nodes(now.rows.size());
+  walk(fuzz::view(now.arrays), now.rows.data(), start.data(), now.items(), kLevels, nodes.data(), 2);
+  for (std::int64_t item = 0; item < now.items(); ++item) {
+    const std::int64_t end = nodes[item * kLevels + 1 + item % 3], wanted = now.arrays.item_node.data()[item];
+    require(end == wanted, "every item of the version that is read is found, and no other");
+    require((wanted >= 0) == now.present[item], "an item that was removed ends nowhere");
+  }
+}
 
-  const std::int64_t width = 64 + kVersions + 1;
-  std::vector<float> logits(64 * width), log_probs(64), dense(64 * width);
-  for (std::size_t i = 0; i < logits.size(); ++i) logits[i] = static_cast<float>(i % 7);
-  const Logits<float> all{logits.data(), 64, 1, width, width, width, 1, 0};
-  const std::vector<std::int64_t> second(64, 1);
-  const std::vector<double> uniform(64, 0.5);
-  sample(trie, NoFilter{}, all, second.data(), uniform.data(), 1.0, tokens.data(), reached.data(), log_probs.data(), 2);
-  log_softmax(trie, NoFilter{}, all, second.data(), dense.data(), 2);
-  for (const std::int64_t node : reached) require(node >= 2 && node < 66, "a draw ends at a child");
+// Walks of a token at a time from the root, each in a row of its own, to the items that `may_end` names.
+template <class Filter, class MayEnd>
+void sample_all(const Version& now, const Filter& filter, const MayEnd& may_end) {
+  const Trie trie = fuzz::view(now.arrays);
+  const Catalogue catalogue = fuzz::catalogue(now.arrays);
+  // Every row has the same logits.
+  std::vector<float> values(kWide + 1);
+  for (std::size_t i = 0; i < values.size(); ++i) values[i] = static_cast<float>(i % 7);
+  const Logits<float> logits{values.data(), kDraws, 1, kWide + 1, 0, 0, 1, 0};
+  std::vector<std::int64_t> nodes(kDraws, 0), tokens(kDraws), reached(kDraws), last(kDraws, 0);
+  std::vector<double> uniform(kDraws);
+  std::vector<float> log_probs(kDraws);
+  for (std::int64_t level = 0; level < kLevels; ++level) {
+    for (std::int64_t b = 0; b < kDraws; ++b) uniform[b] = ((b * 7 + level * 3 + now.number) % kDraws + 0.5) / kDraws;
+    sample(trie, filter, logits, nodes.data(), uniform.data(), 1.0, tokens.data(), reached.data(), log_probs.data(), 2);
+    for (std::int64_t b = 0; b < kDraws; ++b)
+      if (reached[b] >= 0) last[b] = reached[b];
+    nodes = reached;
+  }
+  for (std::int64_t b = 0; b < kDraws; ++b) {
+    const Catalogue::Ending ending = catalogue.ending_at(last[b]);
+    require(ending.count == 1, "a draw ends at an item");
+    require(now.present[*ending.begin] && may_end(b, *ending.begin), "a draw ends at an item that is available");
+  }
+}
 
-  const ItemTrie tree{trie, now.arrays.first_item.data(), now.arrays.item_count.data(), now.arrays.item_order.data(),
-                      64};
-  const std::vector<double> rewards(2 * 64, 0.0);
-  std::vector<double> flows(2 * trie.nodes);
+// Row b gets no items of the parity of b, and of the others those that leave 1 divided by 3.
+void sample_filtered(const Version& now) {
+  const Catalogue catalogue = fuzz::catalogue(now.arrays);
+  std::vector<std::int64_t> offsets{0}, excluded, members;
+  for (std::int64_t b = 0; b < kDraws; ++b) {
+    for (std::int64_t item = b % 2; item < now.items(); item += 2) excluded.push_back(b * now.items() + item);
+    offsets.push_back(std::ssize(excluded));
+  }
+  for (std::int64_t item = 1; item < now.items(); item += 3) members.push_back(item);
+  const std::int64_t words = (catalogue.trie.nodes + 31) / 32;
+  std::vector<std::int32_t> items((now.items() + 31) / 32), nodes(words);
+  const AllowedSet set{items.data(), nodes.data()};
+  allow(catalogue, members.data(), std::ssize(members), set);
+  const std::vector<AllowedSet> sets(kDraws, set);
+  const HiddenNodes hidden = hidden_nodes(catalogue, offsets.data(), excluded.data(), kDraws, &sets, 2);
+  const std::vector<std::int64_t> set_of_row(kDraws, 0);
+  const ItemFilter filter{hidden.offsets.data(), hidden.nodes.data(), nodes.data(), set_of_row.data(), kDraws, words};
+  sample_all(now, filter, [](std::int64_t b, std::int64_t item) { return item % 2 != b % 2 && item % 3 == 1; });
+}
+
+void read_flows(const Version& now) {
+  const fuzz::ItemRanges ranges(now.arrays);
+  const ItemTrie tree = ranges.tree(now.arrays);
+  const std::vector<double> rewards(2 * now.items(), 0.0);
+  std::vector<double> flows(2 * tree.trie.nodes);
   log_flows(tree, rewards.data(), 2, flows.data(), 2);
-  require(std::abs(flows[trie.nodes] - std::log(64.0)) < 1e-12, "the root's flow is the sum");
+  const double wanted = std::log(static_cast<double>(now.ids().size()));
+  require(std::abs(flows[tree.trie.nodes] - wanted) < 1e-12, "the root's flow is the sum");
 }
 
 void readers_while_the_catalogue_is_replaced() {
   Current current;
   std::atomic<bool> done = false;
+  // Relaxed, for what is read may not be ordered after what was written by anything but `Current`.
+  std::atomic<std::int64_t> reads = 0;
   std::vector<std::thread> readers;
   for (int reader = 0; reader < kReaders; ++reader)
     readers.emplace_back([&] {
       std::int64_t last = 0;
       while (!done) {
-        const std::shared_ptr<const Catalogue> now = current.get();
-        require(now->version >= last, "versions do not go back");
-        last = now->version;
-        read_once(*now);
+        const std::shared_ptr<const Version> now = current.get();
+        require(now->number >= last, "versions do not go back");
+        last = now->number;
+        walk_all(*now);
+        sample_all(*now, NoFilter{}, [](std::int64_t, std::int64_t) { return true; });
+        sample_filtered(*now);
+        read_flows(*now);
+        reads.fetch_add(1, std::memory_order_relaxed);
       }
     });
-  for (std::int64_t version = 2; version <= kVersions; ++version) current.set(catalogue(version));
+  for (int version = 2; version <= kVersions; ++version) {
+    current.set(next_version(*current.get()));
+    const std::int64_t before = reads.load(std::memory_order_relaxed);
+    while (reads.load(std::memory_order_relaxed) < before + kReaders) std::this_thread::yield();
+  }
   done = true;
   for (std::thread& reader : readers) reader.join();
 }

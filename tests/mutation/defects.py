@@ -68,9 +68,16 @@ DEFECTS = [
     ),
     Defect(
         "gflowgr/trie_file.py",
-        'metadata.get("written") != str(status.st_mtime_ns)',
-        'metadata.get("written") is None',
+        'metadata.get("written") == str(status.st_mtime_ns)',
+        'metadata.get("written") is not None',
         "a file is trusted though it was touched",
+        FILES,
+    ),
+    Defect(
+        "gflowgr/trie_file.py",
+        "untouched = whole and",
+        "untouched =",
+        "where the arrays are is taken from a changed header",
         FILES,
     ),
     Defect(
