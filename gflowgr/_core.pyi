@@ -1,24 +1,31 @@
 """The compiled core. Arrays are handed over as addresses (`Tensor.data_ptr()`); 0 stands for one left out."""
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-# first_child, token, number of nodes
-_Trie: TypeAlias = tuple[int, int, int]
+# first_child, token, bytes of a token, number of nodes
+_Trie: TypeAlias = tuple[int, ...]
+# item_node, node_items, number of items present, of all
+_Catalogue: TypeAlias = tuple[int, ...]
 # first_item, item_count, item_order, number of items
 _Items: TypeAlias = tuple[int, ...]
 # data, dtype (0 float32, 1 float64, 2 bfloat16, 3 float16), shape (B, T, V), strides, first token
 _Logits: TypeAlias = tuple[int, ...]
 # hidden_offsets, hidden_nodes, allowed, allowed_set, rows, words of a set; all 0 for no filter
 _Filter: TypeAlias = tuple[int, ...]
-# first_item, item_count, item_order, item_node, number of items
-_EndingItems: TypeAlias = tuple[int, ...]
 # log_rewards, log_z, weights, loss, residual
 _Balance: TypeAlias = tuple[int, ...]
 
-def build_trie(rows: NDArray[np.int32] | NDArray[np.int64]) -> dict[str, NDArray[np.int32]]: ...
+def build_trie(rows: NDArray[np.int32] | NDArray[np.int64]) -> dict[str, NDArray[Any]]: ...
+def add_items(
+    trie: _Trie, catalogue: _Catalogue, rows: NDArray[np.int32] | NDArray[np.int64]
+) -> dict[str, NDArray[Any]]: ...
+def remove_items(
+    trie: _Trie, catalogue: _Catalogue, removed: int, count: int, /
+) -> dict[str, NDArray[Any]]: ...
+def levels(trie: _Trie, /) -> tuple[list[int], list[int], list[int], list[int]]: ...
 def walk(
     trie: _Trie, tokens: int, start: int, batch: int, steps: int, nodes: int, threads: int, /
 ) -> None: ...
@@ -51,11 +58,11 @@ def child_log_probs_backward(
     /,
 ) -> None: ...
 def allow(
-    trie: _Trie, ending: _EndingItems, members: int, count: int, item_bits: int, node_bits: int, /
+    trie: _Trie, catalogue: _Catalogue, members: int, count: int, item_bits: int, node_bits: int, /
 ) -> None: ...
 def hidden_nodes(
     trie: _Trie,
-    ending: _EndingItems,
+    catalogue: _Catalogue,
     offsets: int,
     excluded: int,
     rows: int,

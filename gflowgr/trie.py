@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import os
 from bisect import bisect_left, bisect_right
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -76,10 +77,7 @@ class PrefixTrie:
         self._forget()
 
     def _forget(self) -> None:
-        # No cached_property: before Python 3.12 it takes a lock, which torch.compile cannot trace.
-        self._token: Tensor | None = None
-        self._parent: Tensor | None = None
-        self._ranges: tuple[Tensor, Tensor, Tensor] | None = None
+        self._kept: dict[str, Any] = {}
         self._fingerprint: str | None = None
 
     @property
@@ -111,36 +109,50 @@ class PrefixTrie:
 
     @property
     def token(self) -> Tensor:
-        if self._token is None:
-            token = self.narrow_token.to(torch.int32)
-            self._token = torch.cat([token.new_full((1,), -1), token[1:]])
-        return self._token
+        return self._made("token", self._wide_token)
 
     @property
     def parent(self) -> Tensor:
-        if self._parent is None:
-            nodes = torch.arange(self.num_nodes, dtype=torch.int32, device=self.device)
-            counts = (self.first_child[1:] - self.first_child[:-1]).long()
-            parents = torch.repeat_interleave(nodes, counts, output_size=self.num_nodes - 1)
-            self._parent = torch.cat([parents.new_full((1,), -1), parents])
-        return self._parent
+        return self._made("parent", self._parents)
 
     @property
     def first_item(self) -> Tensor:
-        return self._item_ranges()[0]
+        return self._ranges[0]
 
     @property
     def item_count(self) -> Tensor:
-        return self._item_ranges()[1]
+        return self._ranges[1]
 
     @property
     def item_order(self) -> Tensor:
-        return self._item_ranges()[2]
+        return self._ranges[2]
+
+    @property
+    def _ranges(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self._made("ranges", self._item_ranges)
+
+    def _made(self, name: str, make: Callable[[], Any]) -> Any:
+        """What is made on first use and kept, except in a compiled function: it would be traced once more."""
+        # No cached_property: before Python 3.12 it takes a lock, which torch.compile cannot trace.
+        found = self._kept.get(name)
+        if found is None:
+            found = make()
+            if not torch.compiler.is_compiling():
+                self._kept[name] = found
+        return found
+
+    def _wide_token(self) -> Tensor:
+        token = self.narrow_token.to(torch.int32)
+        return torch.cat([token.new_full((1,), -1), token[1:]])
+
+    def _parents(self) -> Tensor:
+        nodes = torch.arange(self.num_nodes, dtype=torch.int32, device=self.device)
+        counts = (self.first_child[1:] - self.first_child[:-1]).long()
+        parents = torch.repeat_interleave(nodes, counts, output_size=self.num_nodes - 1)
+        return torch.cat([parents.new_full((1,), -1), parents])
 
     def _item_ranges(self) -> tuple[Tensor, Tensor, Tensor]:
         """first_item, item_count, item_order: counts from the deepest level up, ranges from the root down."""
-        if self._ranges is not None:
-            return self._ranges
         ends = self.item_node[self.node_items.long()].long()
         own = torch.zeros_like(self.first_child[1:]).index_add(0, ends, torch.ones_like(self.node_items))
         count, parent = own.clone(), self.parent.long()
@@ -156,8 +168,7 @@ class PrefixTrie:
         # An item's rank at its node is its place in node_items less that of the node's first one.
         rank = torch.arange(ends.numel(), device=self.device) - (own.cumsum(0) - own)[ends]
         order = torch.empty_like(self.node_items).scatter(0, first[ends] + rank, self.node_items)
-        self._ranges = first, count, order
-        return self._ranges
+        return first, count, order
 
     @property
     def fingerprint(self) -> str:
@@ -173,8 +184,7 @@ class PrefixTrie:
         # torch pickles no uint16.
         narrow = self.narrow_token.dtype == torch.uint16
         token = self.narrow_token.view(torch.int16) if narrow else self.narrow_token
-        made = {"_token": None, "_parent": None, "_ranges": None}
-        return self.__dict__ | made | {"narrow_token": token}
+        return self.__dict__ | {"_kept": {}, "narrow_token": token}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

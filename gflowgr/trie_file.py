@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from gflowgr.trie_arrays import ARRAYS, Arrays, Levels, fingerprint, levels_of, verify
 
 FORMAT = "gflowgr.PrefixTrie/2"
-_DTYPES = {"I32": np.dtype("<i4"), "U16": np.dtype("<u2")}
+_DTYPES: dict[str, np.dtype[Any]] = {"I32": np.dtype("<i4"), "U16": np.dtype("<u2")}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _LONGEST_HEADER = 100_000_000
 # The narrow numbers last, so that all are aligned.

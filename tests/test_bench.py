@@ -275,10 +275,10 @@ def test_a_trie_with_another_array_is_refused(codes: str) -> None:
 
     def wrong(p: Problem, x: Inputs) -> PrefixTrie:
         trie = PrefixTrie(x["sequences"])
-        trie.item_order = trie.item_order.flip(0)
+        trie.node_items = trie.node_items.flip(0)
         return trie
 
-    with pytest.raises(bench.WrongResultError, match="item_order"):
+    with pytest.raises(bench.WrongResultError, match="node_items"):
         check(case, wrong, given, inputs)
 
 

@@ -108,7 +108,7 @@ def test_stub_declares_what_the_core_has() -> None:
         )
         assert signatures
         for signature in signatures:
-            assert len(re.findall(r"(?:^|, )(?:arg\d+|rows): ", signature)) == count, name
+            assert len(re.findall(r"(?:^|, )(?:arg\d+|trie|catalogue|rows): ", signature)) == count, name
 
 
 def test_one_version_everywhere() -> None:

@@ -11,7 +11,7 @@ from gflowgr.bench.case import Baseline, Case
 from gflowgr.bench.checks import check_build, check_sample, reference_sample
 from gflowgr.bench.problems import Inputs, Problem
 from gflowgr.ops._registry import HAS_CPP
-from gflowgr.trie import build_with_numpy
+from gflowgr.trie_arrays import build_with_numpy
 
 
 def _start(inputs: Inputs) -> Tensor:

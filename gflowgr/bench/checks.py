@@ -9,7 +9,7 @@ from torch import Tensor
 from gflowgr import reference
 from gflowgr.bench.case import Call, Case
 from gflowgr.bench.problems import Inputs, Problem
-from gflowgr.trie import build_with_numpy
+from gflowgr.trie_arrays import build_with_numpy
 
 # Largest error relative to the largest value of a tensor: a few roundings of its dtype.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 1e-2}
