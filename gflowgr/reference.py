@@ -1,7 +1,7 @@
 """What every op means, in plain PyTorch: the oracle of the tests and the `torch` backend.
 
-A trie argument is anything with the attributes `first_child`, `token`, `max_children` (and `item_node`,
-`parent`, `level_offsets` for flows). Shapes: B batch, T tokens, V vocabulary, C `max_children`; `...` any.
+A trie argument is anything with the attributes `first_child`, `narrow_token`, `max_children` (and
+`item_node`, `parent`, `level_offsets` for flows). Shapes: B batch, T tokens, V vocabulary, C `max_children`; `...` any.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Trie(Protocol):
     @property
     def first_child(self) -> Tensor: ...
     @property
-    def token(self) -> Tensor: ...
+    def narrow_token(self) -> Tensor: ...
     @property
     def max_children(self) -> int: ...
 
@@ -56,9 +56,18 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def token_of(nodes: Tensor, trie: Trie) -> Tensor:
+    """The token on the edge into each node (...), int64."""
+    narrow = trie.narrow_token
+    if narrow.dtype != torch.uint16:
+        return narrow[nodes].long()
+    # PyTorch does not index uint16, so its bits are read as int16.
+    return narrow.view(torch.int16)[nodes].long() & 0xFFFF
+
+
 def child_range(nodes: Tensor, trie: Trie) -> tuple[Tensor, Tensor]:
     """The first child of each node and the one past its last; equal for a node off the trie."""
-    inside = (nodes >= 0) & (nodes < trie.token.numel())
+    inside = (nodes >= 0) & (nodes < trie.narrow_token.numel())
     parent = torch.where(inside, nodes.long(), 0)
     first = trie.first_child[parent].long()
     return first, torch.where(inside, trie.first_child[parent + 1].long(), first)
@@ -92,20 +101,20 @@ def children(
     child = torch.where(exists, child, 0)
     if item_filter is not None:
         exists = exists & available(child, item_filter)
-    return child, torch.where(exists, trie.token[child].long(), 0), exists
+    return child, torch.where(exists, token_of(child, trie), 0), exists
 
 
 def trie_walk(tokens: Tensor, start: Tensor, trie: Trie) -> Tensor:
     """The node after each token of (..., T) from the nodes `start` (...); -1 from the first miss on."""
-    node, nodes, last = start.long(), [], trie.token.numel() - 1
+    node, nodes, last = start.long(), [], trie.narrow_token.numel() - 1
     for wanted in tokens.long().unbind(-1):
         low, end = child_range(node, trie)
         high = end
         for _ in range(trie.max_children.bit_length()):
             middle = (low + high) // 2
-            below = (middle < high) & (trie.token[middle.clamp(max=last)] < wanted)
+            below = (middle < high) & (token_of(middle.clamp(max=last), trie) < wanted)
             low, high = torch.where(below, middle + 1, low), torch.where(below, high, middle)
-        found = (low < end) & (trie.token[low.clamp(max=last)] == wanted)
+        found = (low < end) & (token_of(low.clamp(max=last), trie) == wanted)
         node = torch.where(found, low, -1)
         nodes.append(node)
     return torch.stack(nodes, -1) if nodes else tokens.long()

@@ -13,7 +13,7 @@ from gflowgr.backbones import GenerativeRecommender
 from gflowgr.contexts import Contexts
 from gflowgr.decoding import Mark, TreeWriter, evaluating
 from gflowgr.filters import ItemFilter
-from gflowgr.reference import accumulation_dtype
+from gflowgr.reference import accumulation_dtype, token_of
 from gflowgr.trie import PrefixTrie
 
 
@@ -136,7 +136,7 @@ def _node_log_probs(
             break
         mark, nodes, parents = waiting.pop()
         writer.rewind(mark)
-        logits = writer.extend(trie.token[nodes].long().expand(batch, -1), parents.expand(batch, -1))
+        logits = writer.extend(token_of(nodes, trie).expand(batch, -1), parents.expand(batch, -1))
     for begin, end in pairwise(trie.level_offsets[1:]):
         above = trie.parent[begin:end].long()
         forced = ~undecided[above]

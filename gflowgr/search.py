@@ -14,7 +14,7 @@ from gflowgr.ops import _checks as checks
 from gflowgr.ops._item_ranks import ItemRanks
 from gflowgr.ops._random import gumbel, uniform
 from gflowgr.ops.behaviour import Behaviour, cumulative_mass, passed, proposal_log_probs
-from gflowgr.reference import accumulation_dtype, child_range
+from gflowgr.reference import accumulation_dtype, child_range, token_of
 from gflowgr.trie import PrefixTrie
 
 FORWARD_POLICY = Behaviour()
@@ -332,7 +332,7 @@ class _Paths:
         on = active.gather(1, columns)
         if self.num_paths:
             self.nodes = torch.where(on, nodes.gather(1, columns), -1)
-            tokens = self.trie.token[self.nodes.clamp(min=0)].long()
+            tokens = token_of(self.nodes.clamp(min=0), self.trie)
             tokens = torch.where(on, tokens, self.trie.token_ranges[self.depth][0])
             self.logits = self.writer.extend(tokens, parents.gather(1, columns))
             self.depth += 1

@@ -132,14 +132,11 @@ class PrefixTrie:
         return self._made("ranges", self._item_ranges)
 
     def _made(self, name: str, make: Callable[[], Any]) -> Any:
-        """What is made on first use and kept, except in a compiled function: it would be traced once more."""
+        """What is made on first use and kept."""
         # No cached_property: before Python 3.12 it takes a lock, which torch.compile cannot trace.
-        found = self._kept.get(name)
-        if found is None:
-            found = make()
-            if not torch.compiler.is_compiling():
-                self._kept[name] = found
-        return found
+        if name not in self._kept:
+            self._kept[name] = make()
+        return self._kept[name]
 
     def _wide_token(self) -> Tensor:
         token = self.narrow_token.to(torch.int32)

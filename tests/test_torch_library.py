@@ -47,7 +47,7 @@ class Inputs:
 def trie_on(device: torch.device) -> PrefixTrie:
     trie = PrefixTrie(ROWS).to(device)
     # Made on first use, which would count as another graph.
-    assert trie.parent.device == device
+    assert trie.parent.device == trie.item_count.device == device
     return trie
 
 

@@ -140,7 +140,7 @@ def _by_behaviour(
     drawn = draw_children(proposal_log_probs(log_probs.detach(), behaviour, item_count), uniform)
     alive = (log_probs != -torch.inf).any(-1)
     reached = torch.where(alive, first + drawn, -1)
-    tokens = trie.token[reached.clamp(min=0)].long()
+    tokens = reference.token_of(reached.clamp(min=0), trie)
     chosen = log_probs.gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
     return torch.where(alive, tokens, -1), reached, torch.where(alive, chosen, 0.0)
 
