@@ -1,7 +1,8 @@
 """What every op means, in plain PyTorch: the oracle of the tests and the `torch` backend.
 
 A trie argument is anything with the attributes `first_child`, `narrow_token`, `max_children` (and
-`item_node`, `parent`, `level_offsets` for flows). Shapes: B batch, T tokens, V vocabulary, C `max_children`; `...` any.
+`item_node`, `parent`, `level_offsets` for flows). Shapes: B batch, T tokens, V vocabulary, C `max_children`;
+`...` any.
 """
 
 from __future__ import annotations
