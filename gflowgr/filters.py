@@ -42,7 +42,7 @@ class ItemSets:
     def __init__(self, trie: CatalogueTrie, sets: Sequence[Any]) -> None:
         device = getattr(trie, "device", torch.device("cpu"))
         trie_for(trie, device)
-        self.num_items, self.num_nodes = trie.num_items, trie.num_nodes
+        self._trie, self.num_items, self.num_nodes = trie, trie.num_items, trie.num_nodes
         ids = ids_of_sets("sets", sets, trie.num_items)
         if _in_core(trie):
             bits = set_bits(_core, *_addresses(trie), ids)
@@ -59,6 +59,10 @@ class ItemSets:
     @property
     def num_sets(self) -> int:
         return len(self.items)
+
+    def serves(self, trie: CatalogueTrie) -> bool:
+        """Whether the sets are of that catalogue."""
+        return self._trie is trie or self._trie.is_same(trie)
 
     @property
     def device(self) -> torch.device:
@@ -120,7 +124,7 @@ class ItemFilter:
         device = getattr(trie, "device", torch.device("cpu"))
         trie_for(trie, device)
         asked = request(exclude, allow, rows, trie.num_items)
-        self.num_items, self.num_nodes = trie.num_items, trie.num_nodes
+        self._trie, self.num_items, self.num_nodes = trie, trie.num_items, trie.num_nodes
         self._item_node = trie.item_node
         self._excluded = torch.from_numpy(asked.excluded).to(device)
         sets = _sets_for(trie, asked)
@@ -198,6 +202,10 @@ class ItemFilter:
             hidden |= ~_bit(self._allowed_items, self.allowed_set.unsqueeze(1), item)
         return hidden
 
+    def serves(self, trie: CatalogueTrie) -> bool:
+        """Whether the filter is of that catalogue: nodes have other numbers in a changed one."""
+        return self._trie is trie or self._trie.is_same(trie)
+
     @torch.inference_mode(False)
     def select(self, rows: Any) -> ItemFilter:
         """The filter whose row i is this one's row `rows[i]`: (K,) integers, in any order, with repeats."""
@@ -247,10 +255,10 @@ def _sets_for(trie: CatalogueTrie, asked: Request) -> ItemSets | None:
     if not isinstance(asked.sets, ItemSets):
         raise TypeError(f"allow has a {type(asked.sets).__name__}, needs gflowgr.ItemSets or lists of items")
     sets = asked.sets
-    if (sets.num_items, sets.num_nodes) != (trie.num_items, trie.num_nodes):
+    if not sets.serves(trie):
         raise ValueError(
-            f"allow has sets of a trie of {sets.num_items} items and {sets.num_nodes} nodes, needs those of "
-            f"this trie, which has {trie.num_items} and {trie.num_nodes}"
+            f"allow has sets of another trie, of {sets.num_items} items and {sets.num_nodes} nodes, needs "
+            f"those of this trie, which has {trie.num_items} and {trie.num_nodes}"
         )
     same_device("allow", sets, trie.device)
     return sets

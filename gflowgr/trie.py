@@ -74,6 +74,8 @@ class PrefixTrie:
         self.token_ranges = tuple(zip(levels.smallest_token, levels.largest_token, strict=True))
         self.max_children = max(levels.most_children)
         self.max_token = max(levels.largest_token)
+        # What a copy of this trie on another device has, too.
+        self._identity = object()
         self._forget()
 
     def _forget(self) -> None:
@@ -173,6 +175,10 @@ class PrefixTrie:
         if self._fingerprint is None:
             self._fingerprint = trie_arrays.fingerprint(self._arrays())
         return self._fingerprint
+
+    def is_same(self, other: PrefixTrie) -> bool:
+        """Whether both hold the same catalogue, on whatever device."""
+        return self._identity is other._identity or self.fingerprint == other.fingerprint
 
     def _arrays(self) -> Arrays:
         return {name: getattr(self, name).cpu().numpy() for name in ARRAYS}

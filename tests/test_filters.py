@@ -145,7 +145,7 @@ def test_a_moved_filter_is_the_same() -> None:
         (
             {"allow": ItemSets(PrefixTrie([[1]]), [[0]]), "rows": 1},
             ValueError,
-            "allow has sets of a trie of 1 items and 2 nodes",
+            "allow has sets of another trie, of 1 items and 2 nodes",
         ),
         ({"rows": 1.5}, TypeError, "rows is 1.5"),
         ({"rows": -1}, ValueError, "rows is -1"),
@@ -173,7 +173,7 @@ def test_a_trie_is_needed() -> None:
     [
         ([[0]], TypeError, "item_filter is a list"),
         (ItemFilter(PrefixTrie(ROWS), rows=3), ValueError, "item_filter has 3 rows, needs 2"),
-        (ItemFilter(PrefixTrie([[1]]), rows=2), ValueError, "item_filter is of a trie of 2 nodes"),
+        (ItemFilter(PrefixTrie([[1]]), rows=2), ValueError, "item_filter is of another trie, of 2 nodes"),
     ],
 )
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trie_cases import ROWS, any_token, assert_is, assert_same
 
-from gflowgr import ItemFilter, PrefixTrie, ops, reference, trie_arrays, trie_file
+from gflowgr import ItemFilter, ItemSets, PrefixTrie, ops, reference, trie_arrays, trie_file
 from gflowgr.trie_arrays import ARRAYS
 
 
@@ -182,6 +182,20 @@ def test_filters_do_not_see_removed_items() -> None:
     )
     assert log_probs[0, 0].tolist() == [-np.inf, 0.0]
     assert log_probs[1, 0].exp().tolist() == [0.5, 0.5]
+
+
+def test_a_filter_of_another_state_of_the_catalogue_is_refused() -> None:
+    """Nodes have other numbers after a change, though there may be as many of them."""
+    trie = PrefixTrie(ROWS)
+    changed = trie.add([[1, 4]]).remove([1])
+    assert changed.num_nodes == trie.num_nodes
+    logits, roots = torch.zeros(1, 1, 6), torch.zeros(1, 1, dtype=torch.int64)
+    for other in (trie, PrefixTrie(ROWS)):
+        ops.trie_log_softmax(logits, roots, trie, item_filter=ItemFilter(other, exclude=[[0]]))
+    with pytest.raises(ValueError, match=r"item_filter is of another trie, .* made anew when the catalogue"):
+        ops.trie_log_softmax(logits, roots, changed, item_filter=ItemFilter(trie, exclude=[[0]]))
+    with pytest.raises(ValueError, match="allow has sets of another trie"):
+        ItemFilter(changed, allow=ItemSets(trie, [[0]]), rows=1)
 
 
 def test_readers_see_the_old_trie_or_the_new_one() -> None:

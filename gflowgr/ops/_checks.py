@@ -35,6 +35,7 @@ class CatalogueFilter(reference.RowFilter, Protocol):
     def allowed_items(self) -> Tensor | None: ...
     @property
     def num_nodes(self) -> int: ...
+    def serves(self, trie: Any) -> bool: ...
     @property
     def device(self) -> torch.device: ...
 
@@ -64,6 +65,7 @@ class CatalogueTrie(reference.ItemTrie, Protocol):
     def device(self) -> torch.device: ...
     @property
     def token_ranges(self) -> tuple[tuple[int, int], ...]: ...
+    def is_same(self, other: Any) -> bool: ...
 
 
 def tensor(name: str, value: Any) -> Tensor:
@@ -164,10 +166,10 @@ def filter_for(item_filter: CatalogueFilter | None, trie: CatalogueTrie, logits:
         raise ValueError(
             f"item_filter has {item_filter.num_rows} rows, needs {logits.shape[0]}, the first size of logits"
         )
-    if item_filter.num_nodes != trie.num_nodes:
+    if not item_filter.serves(trie):
         raise ValueError(
-            f"item_filter is of a trie of {item_filter.num_nodes} nodes, needs one of this trie, "
-            f"which has {trie.num_nodes}"
+            f"item_filter is of another trie, of {item_filter.num_nodes} nodes, needs one of this trie, "
+            f"which has {trie.num_nodes}; a filter is to be made anew when the catalogue changes"
         )
     same_device("item_filter", item_filter, logits.device)
 
