@@ -31,8 +31,9 @@ address() {
   env PYTHONPATH="$work/package" ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
     UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 \
     LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)" \
-    "$python" -m pytest -q -x -p no:cacheprovider tests/test_core.py tests/test_trie.py tests/test_numpy_trie.py \
-    tests/test_trie_updates.py tests/test_filters.py tests/test_limits.py -k "not out_of_memory and not no_threads"
+    "$python" -m pytest -q -x -p no:cacheprovider tests/test_core.py tests/test_trie.py tests/test_trie_file.py \
+    tests/test_live_catalogue.py tests/test_token_widths.py tests/test_numpy_trie.py tests/test_filters.py \
+    tests/test_limits.py -k "not out_of_memory and not no_threads"
   g++ -std=c++20 -O1 -g -Wno-psabi -fsanitize=address,undefined -fno-sanitize-recover=undefined -Icsrc "${sources[@]}" \
     -lpthread -o "$work/threads"
   "$work/threads"

@@ -87,6 +87,28 @@ def test_any_changes_give_what_building_anew_gives(
     check()
 
 
+@pytest.mark.parametrize(
+    "added", [[[0]], [[9]], [[5]], [[5, 6]], [[5, 6, 7]], [[5, 6, 7, 8, 9]], [[1, -1], [5, 1]]]
+)
+def test_added_rows_may_be_shorter_or_longer_than_the_trie_is_deep(added: list[list[int]]) -> None:
+    """Rows with fewer levels than the trie left its last level unwritten; a fuzzer found it."""
+    rows = [[5, 6, 7], [5, 8, 2**31 - 5]]
+    trie = PrefixTrie(rows).add(added)
+    assert_holds(trie, [*rows, *added])
+    back = trie.remove(range(len(rows), len(rows + added)))
+    assert_holds(back, [*rows, *[None] * len(added)])
+    assert (back.max_depth, trie.max_depth) == (3, max(3, len(added[0])))
+
+
+def test_tokens_widen_and_come_back() -> None:
+    rows = [[1, 2], [65535, 3], [65536, 4]]
+    trie = PrefixTrie(rows[:2])
+    wide = trie.add(rows[2:])
+    assert (trie.narrow_token.dtype, wide.narrow_token.dtype) == (torch.uint16, torch.int32)
+    assert_holds(wide.remove([2]), [*rows[:2], None])
+    assert wide.remove([0]).narrow_token.dtype == torch.int32
+
+
 def test_a_change_of_a_large_catalogue() -> None:
     """Long runs of nodes that stay, and changes at the ends and in the middle of levels."""
     numbers = np.random.default_rng(0)
