@@ -300,6 +300,8 @@ def read_inputs(transformer: PreTrainedModel, inputs: Any) -> tuple[Tensor, Tens
         # A model that pads by its end token leaves no way to tell them apart.
         if padding is not None and padding not in ends:
             real = tokens != padding
+    elif not isinstance(mask, Tensor):
+        raise TypeError(f"inputs has an attention_mask of {type(mask).__name__}, needs a tensor")
     elif mask.shape != tokens.shape:
         raise ValueError(
             f"inputs has an attention_mask of shape {tuple(mask.shape)}, needs that of input_ids, "

@@ -134,6 +134,7 @@ def test_a_moved_filter_is_the_same() -> None:
         ({"allow": ([[0]], [0.0])}, TypeError, r"allow\[1\] has dtype float64"),
         ({"allow": ([[0]], [[0]])}, ValueError, r"allow\[1\] has shape \(1, 1\)"),
         ({"allow": ([[0]], [0], 1)}, TypeError, "allow is a tuple of 3"),
+        ({"allow": (0, 1), "rows": 1}, TypeError, r"allow\[0\] is a int, needs a list of item sets"),
         ({"exclude": [[0]], "rows": 2}, ValueError, "rows has 2 rows, exclude has 1 rows"),
         ({"exclude": [[0]], "allow": [[0], [1]]}, ValueError, "exclude has 1 rows, allow has 2 rows"),
         (
@@ -551,3 +552,9 @@ def test_no_rows(backend: str) -> None:
     assert found.shape == (0, 3, trie.max_children)
     found.sum().backward()
     assert item_filter.select([]).num_rows == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+def test_what_hides_is_asked_of_are_integers(dtype: torch.dtype) -> None:
+    with pytest.raises(TypeError, match=f"items has dtype {dtype}, needs integers"):
+        ItemFilter(PrefixTrie(ROWS), rows=1).hides(torch.zeros(1, 2, dtype=dtype))
