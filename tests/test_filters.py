@@ -558,3 +558,25 @@ def test_no_rows(backend: str) -> None:
 def test_what_hides_is_asked_of_are_integers(dtype: torch.dtype) -> None:
     with pytest.raises(TypeError, match=f"items has dtype {dtype}, needs integers"):
         ItemFilter(PrefixTrie(ROWS), rows=1).hides(torch.zeros(1, 2, dtype=dtype))
+
+
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}])
+@pytest.mark.parametrize("temperature", [1e-30, 1e-310])
+def test_next_to_no_temperature_draws_the_most_probable_available_child(
+    backend: str, options: dict[str, Any], temperature: float
+) -> None:
+    """A log-probability over such a temperature is beyond all numbers."""
+    trie = PrefixTrie([[0], [1], [2], [3]])
+    item_filter = ItemFilter(trie, exclude=[[0, 3]])
+    logits = torch.tensor([[9.0, 1.0, 1.5, 9.0]])
+    tokens, _, _ = ops.trie_sample(
+        logits,
+        torch.zeros(1, dtype=torch.long),
+        trie,
+        temperature=temperature,
+        item_filter=item_filter,
+        backend=backend,
+        **options,
+    )
+    assert tokens.tolist() == [2]

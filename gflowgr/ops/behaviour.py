@@ -80,7 +80,11 @@ def proposal_log_probs(log_probs: Tensor, behaviour: Behaviour, item_count: Tens
     policy = log_probs.double()
     if behaviour.is_policy:
         return policy
-    proposal = policy if behaviour.temperature == 1 else _normalised(policy / behaviour.temperature)
+    proposal = policy
+    if behaviour.temperature != 1:
+        # From the peak down, which stays finite whatever the temperature.
+        peak = policy.amax(-1, keepdim=True)
+        proposal = _normalised((policy - peak.masked_fill(peak == -torch.inf, 0.0)) / behaviour.temperature)
     if behaviour.truncates:
         proposal = _normalised(proposal.masked_fill(~_kept(proposal, behaviour), -torch.inf))
     if behaviour.epsilon == 0:
