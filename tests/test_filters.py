@@ -356,8 +356,15 @@ def test_sample(backend: str) -> None:
     for_all(st.tuples(filtered(), inner_shapes, floats, st.sampled_from((0.5, 1.0, 3.0))), backend, check)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 2.0}, {"top_k": 1}, {"top_k": 2}, {"top_p": 0.5}, {"top_k": 2, "temperature": 2.0}],
+    ids=str,
+)
 @pytest.mark.parametrize("backend", backends("trie_sample"))
-def test_without_a_distribution_the_first_available_child_is_drawn(backend: str) -> None:
+def test_without_a_distribution_the_first_available_child_is_drawn(
+    backend: str, options: dict[str, Any]
+) -> None:
     trie = PrefixTrie([[0], [1], [2], [3]]).to(device_of(backend))
     item_filter = ItemFilter(trie, [[0, 2], [0, 1]])
     logits = torch.full((2, 4), math.nan, device=trie.device)
@@ -367,6 +374,7 @@ def test_without_a_distribution_the_first_available_child_is_drawn(backend: str)
         trie,
         item_filter=item_filter,
         backend=backend,
+        **options,
     )
     assert tokens.tolist() == [1, 2] and nodes.tolist() == [2, 3]
     assert log_probs.isnan().all()
