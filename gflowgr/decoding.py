@@ -118,7 +118,7 @@ class _EncoderDecoderWriter(TreeWriter):
         super().__init__(transformer, token_ranges)
         self._source_mask = real.long()
         self._states = transformer.get_encoder()(
-            input_ids=source, attention_mask=self._source_mask
+            input_ids=source, attention_mask=self._source_mask, return_dict=True
         ).last_hidden_state
         self._written = static_cache(1 + capacity)
         self._cache = EncoderDecoderCache(self._written, cross_attention_cache())
@@ -146,6 +146,7 @@ class _EncoderDecoderWriter(TreeWriter):
                 decoder_attention_mask=mask,
                 past_key_values=self._cache,
                 use_cache=True,
+                return_dict=True,
             )
         return model.get_decoder()(
             input_ids=tokens,
@@ -154,6 +155,7 @@ class _EncoderDecoderWriter(TreeWriter):
             encoder_attention_mask=self._source_mask,
             past_key_values=self._cache,
             use_cache=True,
+            return_dict=True,
         )
 
     def _position_bias_of_tree(self, depths: Tensor, paths: int) -> Tensor:
@@ -217,6 +219,7 @@ class _DecoderWriter(TreeWriter):
             position_ids=position_ids,
             past_key_values=self._written,
             use_cache=True,
+            return_dict=True,
             **options,
         )
 
@@ -300,6 +303,8 @@ def read_inputs(transformer: PreTrainedModel, inputs: Any) -> tuple[Tensor, Tens
         # A model that pads by its end token leaves no way to tell them apart.
         if padding is not None and padding not in ends:
             real = tokens != padding
+    elif not isinstance(mask, Tensor):
+        raise TypeError(f"inputs has an attention_mask of {type(mask).__name__}, needs a tensor")
     elif mask.shape != tokens.shape:
         raise ValueError(
             f"inputs has an attention_mask of shape {tuple(mask.shape)}, needs that of input_ids, "

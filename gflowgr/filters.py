@@ -188,6 +188,8 @@ class ItemFilter:
 
         What is no item, such as -1, is hidden too. Reads nothing back to the host.
         """
+        if items.is_floating_point() or items.dtype == torch.bool:
+            raise TypeError(f"items has dtype {items.dtype}, needs integers")
         if items.dim() != 2 or items.shape[0] != self.num_rows:
             raise ValueError(f"items has shape {tuple(items.shape)}, needs ({self.num_rows}, K)")
         items = items.to(self.device, torch.int64)

@@ -179,6 +179,8 @@ def _item_sets(
     if isinstance(given, tuple):
         if len(given) != 2:
             raise TypeError(f"{name} is a tuple of {len(given)}, needs (sets, the set of each row)")
+        if not (_is_list(given[0]) or isinstance(given[0], np.ndarray)):
+            raise TypeError(f"{name}[0] is a {type(given[0]).__name__}, needs a list of item sets")
         sets = [_item_ids(f"{name}[0][{i}]", each, num_items) for i, each in enumerate(given[0])]
         return sets, _set_numbers(f"{name}[1]", given[1], len(sets))
     if not (isinstance(given, np.ndarray) or _is_list(given)):

@@ -223,7 +223,10 @@ def trie_sample(
     (..., V), (...) -> tokens, nodes, log-probs at temperature 1, each (...); (-1, -1, 0) where none exists.
     """
     child, tokens, exists, log_probs = child_log_probs(logits, nodes, trie, 0, item_filter)
-    mass = (log_probs / temperature).softmax(-1).nan_to_num(0.0)
+    # From the peak down, which stays finite whatever the temperature.
+    peak = log_probs.amax(-1, keepdim=True)
+    scaled = ((log_probs - peak).double() / temperature).to(log_probs.dtype)
+    mass = scaled.softmax(-1).nan_to_num(0.0)
     cumulative = mass.cumsum(-1)
     reached = (cumulative > uniform.to(mass.dtype).unsqueeze(-1) * cumulative[..., -1:]) & (mass > 0)
     # Rounding can leave the target above the sum; a row of NaN has no mass, and draws its first child.

@@ -135,7 +135,9 @@ class CatalogueConstraint:
 
     def _filter(self, wishes: tuple[Wish, ...], trie: PrefixTrie) -> ItemFilter | None:
         """The rows' filter; a batch asks for the same one until a request comes or goes."""
-        if self._filtered[0] != (wishes, trie.device):
+        # Read once: another thread may put its own batch in its place at any time.
+        asked, item_filter = self._filtered
+        if asked != (wishes, trie.device):
             item_filter = None
             if any(wish != Wish() for wish in wishes):
                 sets = list(dict.fromkeys(wish.allow for wish in wishes))
@@ -146,7 +148,7 @@ class CatalogueConstraint:
                     allow = (members, [sets.index(wish.allow) for wish in wishes])
                 item_filter = ItemFilter(trie, [list(wish.exclude) for wish in wishes], allow)
             self._filtered = ((wishes, trie.device), item_filter)
-        return self._filtered[1]
+        return item_filter
 
 
 def configured() -> CatalogueConstraint:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gflowgr import ops
-from gflowgr.trie import PrefixTrie
+from gflowgr.trie import PrefixTrie, rows_of
 
 
 class Shards(NamedTuple):
@@ -62,7 +62,7 @@ def split(sequences: Any, num_shards: int) -> Shards:
     Raises:
         TypeError, ValueError: `sequences` make no trie, or there are fewer first tokens than shards.
     """
-    rows = torch.as_tensor(sequences)
+    rows = rows_of(sequences)
     root = PrefixTrie(rows[:, :1])
     counts = root.item_count[1:].long()
     if not 1 <= num_shards <= counts.numel():
@@ -76,7 +76,7 @@ def split(sequences: Any, num_shards: int) -> Shards:
         filled[shard] += counts[token]
     shard_of_item = shard_of[root.item_node.long() - 1]
     items = tuple((shard_of_item == shard).nonzero().squeeze(1) for shard in range(num_shards))
-    return Shards(root, shard_of, tuple(PrefixTrie(rows[part]) for part in items), items)
+    return Shards(root, shard_of, tuple(PrefixTrie(rows[part.numpy()]) for part in items), items)
 
 
 def best_of(candidates: list[tuple[Tensor, Tensor]], num_best: int) -> tuple[Tensor, Tensor]:

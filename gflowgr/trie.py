@@ -61,7 +61,7 @@ class PrefixTrie:
     node_items: Tensor
 
     def __init__(self, sequences: Any) -> None:
-        self._adopt(trie_arrays.build(_as_rows(sequences)))
+        self._adopt(trie_arrays.build(rows_of(sequences)))
 
     # Tensors made in inference mode could not be saved for a backward pass.
     @torch.inference_mode(False)
@@ -137,7 +137,9 @@ class PrefixTrie:
         """What is made on first use and kept."""
         # No cached_property: before Python 3.12 it takes a lock, which torch.compile cannot trace.
         if name not in self._kept:
-            self._kept[name] = make()
+            # Tensors made in inference mode could not be saved for a backward pass.
+            with torch.inference_mode(False):
+                self._kept[name] = make()
         return self._kept[name]
 
     def _wide_token(self) -> Tensor:
@@ -244,7 +246,7 @@ class PrefixTrie:
         Raises:
             TypeError, ValueError: as `PrefixTrie`.
         """
-        return self._changed(trie_arrays.add(self._arrays(), _as_rows(sequences)))
+        return self._changed(trie_arrays.add(self._arrays(), rows_of(sequences)))
 
     def remove(self, items: Any) -> PrefixTrie:
         """The catalogue without some items; this trie stays as it is, and the others keep their numbers.
@@ -321,7 +323,8 @@ class PrefixTrie:
         Args:
             path: of the file.
             verify: whether to read all of the file and check it. By default it is checked unless it still has
-                the time of modification that `save` gave it, which a copy or a change of it has not.
+                the time of modification that `save` gave it. A change gives it another, and so does a
+                copy that does not keep times (as `cp -p` does); what a disk loses by itself only True finds.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -334,7 +337,8 @@ class PrefixTrie:
         return trie
 
 
-def _as_rows(sequences: Any) -> np.ndarray:
+def rows_of(sequences: Any) -> np.ndarray:
+    """`as_rows` of what may be a tensor, too."""
     if isinstance(sequences, Tensor):
         if sequences.is_floating_point() or sequences.is_complex():
             raise TypeError(f"sequences has dtype {sequences.dtype}, needs integers")

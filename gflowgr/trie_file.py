@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -58,7 +59,7 @@ def write(path: str | os.PathLike[str], arrays: Arrays, levels: Levels, fingerpr
     header["__metadata__"]["digest"] = _digest(header)
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(len(text).to_bytes(8, "little"))

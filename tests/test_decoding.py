@@ -153,6 +153,17 @@ def test_attention_without_fused_kernels_writes_the_same(family: str) -> None:
     assert_writes_as_the_model(build(family, attention="eager"))
 
 
+@pytest.mark.parametrize("family", ["t5", "mt5", "llama"])
+def test_a_model_that_returns_tuples_by_default_writes(family: str) -> None:
+    model = build(family)
+    model.config.return_dict = False
+    writer = tree_writer(model, padded(rows()), RANGES)
+    logits = writer.logits, step(writer, 0, 3)
+    model.config.return_dict = True
+    for depth, found in enumerate(logits):
+        assert_own(model, rows(), found, depth)
+
+
 @pytest.mark.parametrize("family", ["t5", "llama", "starcoder2", "gpt2"])
 def test_padding_may_stand_anywhere(family: str) -> None:
     model, read = build(family), rows()

@@ -134,6 +134,7 @@ def test_a_moved_filter_is_the_same() -> None:
         ({"allow": ([[0]], [0.0])}, TypeError, r"allow\[1\] has dtype float64"),
         ({"allow": ([[0]], [[0]])}, ValueError, r"allow\[1\] has shape \(1, 1\)"),
         ({"allow": ([[0]], [0], 1)}, TypeError, "allow is a tuple of 3"),
+        ({"allow": (0, 1), "rows": 1}, TypeError, r"allow\[0\] is a int, needs a list of item sets"),
         ({"exclude": [[0]], "rows": 2}, ValueError, "rows has 2 rows, exclude has 1 rows"),
         ({"exclude": [[0]], "allow": [[0], [1]]}, ValueError, "exclude has 1 rows, allow has 2 rows"),
         (
@@ -355,8 +356,15 @@ def test_sample(backend: str) -> None:
     for_all(st.tuples(filtered(), inner_shapes, floats, st.sampled_from((0.5, 1.0, 3.0))), backend, check)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 2.0}, {"top_k": 1}, {"top_k": 2}, {"top_p": 0.5}, {"top_k": 2, "temperature": 2.0}],
+    ids=str,
+)
 @pytest.mark.parametrize("backend", backends("trie_sample"))
-def test_without_a_distribution_the_first_available_child_is_drawn(backend: str) -> None:
+def test_without_a_distribution_the_first_available_child_is_drawn(
+    backend: str, options: dict[str, Any]
+) -> None:
     trie = PrefixTrie([[0], [1], [2], [3]]).to(device_of(backend))
     item_filter = ItemFilter(trie, [[0, 2], [0, 1]])
     logits = torch.full((2, 4), math.nan, device=trie.device)
@@ -366,6 +374,7 @@ def test_without_a_distribution_the_first_available_child_is_drawn(backend: str)
         trie,
         item_filter=item_filter,
         backend=backend,
+        **options,
     )
     assert tokens.tolist() == [1, 2] and nodes.tolist() == [2, 3]
     assert log_probs.isnan().all()
@@ -551,3 +560,31 @@ def test_no_rows(backend: str) -> None:
     assert found.shape == (0, 3, trie.max_children)
     found.sum().backward()
     assert item_filter.select([]).num_rows == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+def test_what_hides_is_asked_of_are_integers(dtype: torch.dtype) -> None:
+    with pytest.raises(TypeError, match=f"items has dtype {dtype}, needs integers"):
+        ItemFilter(PrefixTrie(ROWS), rows=1).hides(torch.zeros(1, 2, dtype=dtype))
+
+
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}])
+@pytest.mark.parametrize("temperature", [1e-30, 1e-310])
+def test_next_to_no_temperature_draws_the_most_probable_available_child(
+    backend: str, options: dict[str, Any], temperature: float
+) -> None:
+    """A log-probability over such a temperature is beyond all numbers."""
+    trie = PrefixTrie([[0], [1], [2], [3]])
+    item_filter = ItemFilter(trie, exclude=[[0, 3]])
+    logits = torch.tensor([[9.0, 1.0, 1.5, 9.0]])
+    tokens, _, _ = ops.trie_sample(
+        logits,
+        torch.zeros(1, dtype=torch.long),
+        trie,
+        temperature=temperature,
+        item_filter=item_filter,
+        backend=backend,
+        **options,
+    )
+    assert tokens.tolist() == [2]

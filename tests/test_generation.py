@@ -634,6 +634,12 @@ def test_what_does_not_belong_together_is_refused() -> None:
     for arguments, options, kind, why in (
         ((model.model, inputs), {}, ValueError, "trie is None"),
         ((model.model, {}, trie), {}, ValueError, "needs input_ids"),
+        (
+            (model.model, dict(inputs) | {"attention_mask": [[1]]}, trie),
+            {},
+            TypeError,
+            "inputs has an attention_mask of list",
+        ),
         ((model.model, inputs, semantic_ids), {}, TypeError, "trie is a SemanticIds"),
         ((model.model, inputs, SemanticIds([[50]]).trie()), {}, ValueError, "trie has the token 53"),
         ((model.model, inputs, trie), {"exclude_history": True}, ValueError, "exclude_history needs"),

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gflowgr import PrefixTrie
-from gflowgr.serving import CatalogueConstraint, SGLangTrieProcessor, configured
+from gflowgr.serving import CatalogueConstraint, SGLangTrieProcessor, Wish, configured
 from gflowgr.serving_vllm import TrieLogitsProcessor, TrieLogitsProcessorV2
 
 ROWS = [[3, 5, 7], [3, 5, 8], [3, 6, -1], [4, 9, 7], [4, 9, 7], [10, -1, -1], [3, 5, 11]]
@@ -348,3 +348,18 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("GFLOWGR_TRIE")
     with pytest.raises(ValueError, match="GFLOWGR_TRIE is not set"):
         configured()
+
+
+def test_threads_that_share_a_constraint_get_their_own_filters() -> None:
+    """Another thread asks for its batch's filter just when this one has made its own."""
+    waiting = [(Wish(exclude=(1,)),)]
+
+    class Interrupted(CatalogueConstraint):
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, value)
+            if name == "_filtered" and value[0] is not None and waiting:
+                self.log_probs(torch.zeros(1, VOCABULARY), [[]], waiting.pop())
+
+    trie = PrefixTrie([[0], [1]])
+    found = Interrupted(trie, 5).log_probs(torch.zeros(1, VOCABULARY), [[]], (Wish(exclude=(0,)),))
+    assert found[0, :2].tolist() == [-torch.inf, 0.0] and not waiting

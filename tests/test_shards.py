@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -163,3 +166,16 @@ def test_merged_lists_may_be_short() -> None:
 def test_as_many_shards_as_first_tokens(count: int) -> None:
     with pytest.raises(ValueError, match=f"num_shards is {count}, needs 1 .. 2"):
         split([[1, 2], [3, 4], [1, 5]], count)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int64])
+def test_takes_what_a_trie_takes(dtype: type) -> None:
+    rows = np.array([[1, 2], [3, 4], [1, 5]], dtype=dtype)
+    rows.flags.writeable = False
+    assert [trie.sequences().tolist() for trie in split(rows, 2).tries] == [[[1, 2], [1, 5]], [[3, 4]]]
+
+
+@pytest.mark.parametrize("sequences", [[[1, 2], [3]], [1, 2, 3], [[1.0, 2.0]], []])
+def test_names_sequences_that_make_no_trie(sequences: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="sequences has"):
+        split(sequences, 1)

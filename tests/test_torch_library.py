@@ -454,6 +454,16 @@ def test_a_trie_of_inference_mode_trains() -> None:
     assert x.logits.grad is not None
 
 
+def test_a_trie_first_used_in_inference_mode_trains() -> None:
+    trie = PrefixTrie(ROWS)
+    with torch.inference_mode():
+        assert trie.token.numel() == trie.parent.numel() == trie.item_count.numel()
+    log_rewards = torch.zeros(2, trie.num_items, requires_grad=True)
+    for backend in ("cpp", "torch"):
+        ops.trie_log_flows(log_rewards, trie, backend=backend).sum().backward()
+    assert log_rewards.grad is not None
+
+
 def test_the_core_refuses_other_memory() -> None:
     """The registered ops take any tensor; the core would read it as what it expects."""
     x = inputs(2, torch.device("cpu"))

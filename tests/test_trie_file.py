@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -84,6 +85,24 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(
     with pytest.raises(OSError, match="no space left"):
         PrefixTrie(ROWS).save(path)
     assert_is(PrefixTrie.load(path), [[1]])
+    assert os.listdir(tmp_path) == ["trie"]
+
+
+def test_threads_that_save_to_one_path_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, synchronise = tmp_path / "trie", os.fsync
+
+    def interrupted(descriptor: int) -> None:
+        monkeypatch.setattr(trie_file.os, "fsync", synchronise)
+        other = threading.Thread(target=PrefixTrie([[1]]).save, args=(path,))
+        other.start()
+        other.join()
+        assert_is(PrefixTrie.load(path), [[1]])
+        synchronise(descriptor)
+
+    monkeypatch.setattr(trie_file.os, "fsync", interrupted)
+    trie = PrefixTrie(ROWS)
+    trie.save(path)
+    assert_same(PrefixTrie.load(path, verify=True), trie)
     assert os.listdir(tmp_path) == ["trie"]
 
 

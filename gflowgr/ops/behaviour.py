@@ -80,9 +80,16 @@ def proposal_log_probs(log_probs: Tensor, behaviour: Behaviour, item_count: Tens
     policy = log_probs.double()
     if behaviour.is_policy:
         return policy
-    proposal = policy if behaviour.temperature == 1 else _normalised(policy / behaviour.temperature)
+    proposal = policy
+    if behaviour.temperature != 1:
+        # From the peak down, which stays finite whatever the temperature.
+        peak = policy.amax(-1, keepdim=True)
+        proposal = _normalised((policy - peak.masked_fill(peak == -torch.inf, 0.0)) / behaviour.temperature)
+        proposal = proposal.masked_fill(policy == -torch.inf, -torch.inf)
     if behaviour.truncates:
-        proposal = _normalised(proposal.masked_fill(~_kept(proposal, behaviour), -torch.inf))
+        kept = _kept(proposal, behaviour) & (policy != -torch.inf)
+        # Again, as under a NaN all of a row is one, what cannot be drawn included.
+        proposal = _normalised(proposal.masked_fill(~kept, -torch.inf)).masked_fill(~kept, -torch.inf)
     if behaviour.epsilon == 0:
         return proposal
     weight = torch.zeros_like(policy)
@@ -126,7 +133,8 @@ def _kept(proposal: Tensor, behaviour: Behaviour) -> Tensor:
     if behaviour.top_p is not None and behaviour.top_p < 1:
         mass = torch.where(kept, descending.exp(), 0.0).cumsum(-1)
         before = F.pad(mass, (1, 0))[..., :-1]
-        kept = kept & (before < behaviour.top_p * mass[..., -1:])
+        # Negated, so that something is left of a row of NaN.
+        kept = kept & ~(before >= behaviour.top_p * mass[..., -1:])
     return torch.zeros_like(kept).scatter(-1, order, kept)
 
 
