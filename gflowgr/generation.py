@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gflowgr.contexts import Contexts
 from gflowgr.decoding import evaluating
+from gflowgr.ops._checks import at_least
 from gflowgr.ops.behaviour import Behaviour
 from gflowgr.processors import TrieLogitsProcessor, prefix_allowed_tokens
 from gflowgr.scoring import score_all, target_log_probs
@@ -60,7 +61,8 @@ def generate(
         inputs: for a recommender histories (B, H), items, oldest first, -1 is padding, on any device. For
             another model a mapping with `input_ids` and `attention_mask` (B, S), padded on any side, or
             `input_ids` alone.
-        trie: of the catalogue, its tokens those of the model; by default the recommender's.
+        trie: of the catalogue, its tokens those of the model; by default the recommender's. On another device
+            than the model's it is copied there in every call.
         num_items: k, results a context.
         method: "beam", "sample" or "sample_without_replacement".
         num_beams: of beam search: prefixes to keep at each depth, by default max(20, k).
@@ -80,13 +82,12 @@ def generate(
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape or range, or is of another method.
     """
-    for name, value in (("num_items", num_items), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}, needs at least 1")
+    num_items = at_least("num_items", num_items, 1)
+    batch_size = at_least("batch_size", batch_size, 1)
     behaviour = Behaviour(temperature, top_k, top_p, epsilon, epsilon_over)
     paths = num_items
     if method == "beam":
-        paths = max(20, num_items) if num_beams is None else num_beams
+        paths = max(20, num_items) if num_beams is None else at_least("num_beams", num_beams, 1)
         if paths < num_items:
             raise ValueError(f"num_beams is {num_beams}, needs at least num_items, {num_items}")
         if not behaviour.is_policy or seeds is not None or generator is not None:
@@ -132,8 +133,7 @@ def sample(
     **options: Any,
 ) -> Generated:
     """Draws items from the policy, independently: `generate` with method "sample" and `num_samples` items."""
-    if num_samples < 1:
-        raise ValueError(f"num_samples is {num_samples}, needs at least 1")
+    num_samples = at_least("num_samples", num_samples, 1)
     return generate(model, inputs, trie, num_items=num_samples, method="sample", **options)
 
 

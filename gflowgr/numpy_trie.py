@@ -87,6 +87,7 @@ class NumpyTrie:
         for name in ARRAYS:
             setattr(self, name, arrays[name])
         self._most_token = max(levels.largest_token)
+        self._levels = levels
         self._arrays, self._ending = addresses(arrays)
 
     @classmethod
@@ -102,6 +103,15 @@ class NumpyTrie:
         saved = read(path, verify)
         trie._adopt(saved.arrays, saved.levels, threads)
         return trie
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Neither the core nor addresses mean anything elsewhere.
+        arrays = {name: getattr(self, name) for name in ARRAYS}
+        return {"arrays": arrays, "levels": self._levels, "threads": self.threads}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._core = _compiled_core()
+        self._adopt(**state)
 
     @property
     def num_items(self) -> int:

@@ -13,6 +13,7 @@ from gflowgr.backbones import GenerativeRecommender
 from gflowgr.contexts import Contexts
 from gflowgr.decoding import Mark, TreeWriter, evaluating
 from gflowgr.filters import ItemFilter
+from gflowgr.ops._checks import at_least
 from gflowgr.reference import accumulation_dtype, token_of
 from gflowgr.trie import PrefixTrie
 
@@ -45,9 +46,7 @@ def score_all(
     Raises:
         TypeError, ValueError: as `generate`.
     """
-    for name, value in (("batch_size", batch_size), ("num_paths", num_paths)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}, needs at least 1")
+    batch_size, num_paths = at_least("batch_size", batch_size, 1), at_least("num_paths", num_paths, 1)
     contexts = Contexts(model, inputs, trie)
     item_filter = contexts.item_filter(exclude, allow, exclude_history)
     trie = contexts.trie

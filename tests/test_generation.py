@@ -656,3 +656,11 @@ def test_what_does_not_belong_together_is_refused() -> None:
             generate(*arguments, **options)
     with pytest.raises(ValueError, match="num_paths is 0"):
         score_all(model, history, num_paths=0)
+
+
+@pytest.mark.parametrize("name", ["num_items", "num_beams", "batch_size"])
+def test_numbers_that_are_no_integers_are_named(name: str) -> None:
+    model = tiny("t5", catalogue(5, 2, 3))
+    for value in (2.5, "2", True):
+        with pytest.raises(TypeError, match=rf"{name} is {value!r}, needs an integer"):
+            generate(model, histories(5), **{name: value})

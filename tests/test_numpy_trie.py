@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -204,3 +206,13 @@ def test_the_package_still_offers_its_names() -> None:
         "assert PrefixTrie is gflowgr.PrefixTrie; assert not hasattr(gflowgr, 'nothing')"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
+
+
+def test_survives_pickling_and_copying() -> None:
+    trie = NumpyTrie([[1, 2], [1, 3], [4, 5]])
+    logits = np.random.default_rng(0).normal(size=(3, 6)).astype(np.float32)
+    for other in (pickle.loads(pickle.dumps(trie)), copy.deepcopy(trie)):
+        del trie
+        trie = other
+        assert trie.walk([[1, 3], [4, 9]]).tolist() == [[1, 4], [2, -1]]
+        assert np.isneginf(trie.log_softmax(logits, [0, 1, 2])).sum() == 13
