@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gflowgr import PrefixTrie, ops, reference
+from gflowgr import ItemFilter, PrefixTrie, ops, reference
 from gflowgr.ops._filters import arrays_of
 
 pytest.importorskip("triton")
@@ -196,6 +196,20 @@ def test_sample(
     assert (torch.where(hit, log_probs, 0.0).sum(-1) > -math.inf)[some].all()
     first, _ = reference.child_range(nodes, trie)
     assert torch.equal(reached[alive & ~some], first[alive & ~some])
+
+
+@runs
+def test_every_set_of_children_may_be_hidden(device: torch.device) -> None:
+    trie = PrefixTrie([[token] for token in (0, 1, 2, 4, 5)])
+    exclude = [[item for item in range(5) if subset >> item & 1] for subset in range(32)]
+    logits, roots = torch.randn(32, 1, 6), torch.zeros(32, 1, dtype=torch.int64)
+    item_filter = ItemFilter(trie, exclude)
+    expected = reference.trie_child_log_probs(logits, roots, trie, 0, 5, item_filter)
+    here = [None if each is None else each.to(device) for each in arrays_of(item_filter)]
+    found = kernels.trie_child_log_probs(
+        logits.to(device), roots.to(device), *arrays(trie.to(device)), 0, 5, *here
+    )
+    torch.testing.assert_close(found.cpu(), expected)
 
 
 @runs
