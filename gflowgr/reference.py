@@ -322,11 +322,13 @@ def flow_matching(logits: Tensor, nodes: Tensor, trie: Trie, log_flows: Tensor) 
     (..., V), (...), (..., num_nodes) with a leading shape that is a prefix of `nodes`' -> (...). 0 where the
     node has fewer than two children or its children carry no mass.
     """
-    child, _, exists, log_probs = child_log_probs(logits, nodes, trie)
+    child, _, exists = children(nodes, trie)
     size = log_flows.shape[-1]
     flows = log_flows.reshape(*log_flows.shape[:-1], *[1] * (nodes.dim() + 1 - log_flows.dim()), size)
-    flows = flows.expand(*nodes.shape, size).gather(-1, child).to(log_probs.dtype)
+    flows = flows.expand(*nodes.shape, size).gather(-1, child).to(accumulation_dtype(logits.dtype))
     choice = (exists.sum(-1, keepdim=True) > 1) & ((flows != -torch.inf) & exists).any(-1, keepdim=True)
+    # Where nothing is to be chosen no logit counts, whatever it is.
+    *_, log_probs = child_log_probs(logits, torch.where(choice.squeeze(-1), nodes, -1), trie)
     flows = torch.where(exists | ~choice, torch.where(choice, flows, 0.0), -torch.inf)
     log_target = flows.log_softmax(-1)
     carries = choice & (log_target != -torch.inf)

@@ -830,3 +830,16 @@ def test_linear_leaves_padding_out_of_the_gradient(backend: str) -> None:
     ops.trie_linear_token_log_probs(hidden, weight, rows, trie, backend=backend).sum().backward()
     assert weight.grad is not None
     assert weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", backends("flow_matching"))
+def test_flow_matching_reads_no_logit_where_nothing_is_to_be_chosen(backend: str) -> None:
+    device = device_of(backend)
+    trie = PrefixTrie([[0], [2]]).to(device)
+    logits = torch.full((1, 4), -math.inf, device=device, requires_grad=True)
+    flows = torch.full((1, trie.num_nodes), -math.inf, device=device)
+    nodes = torch.zeros(1, dtype=torch.int64, device=device)
+    loss = ops.flow_matching(logits, nodes, trie, flows, reduction="sum", backend=backend)
+    loss.backward()
+    assert float(loss.detach()) == 0.0
+    assert logits.grad.tolist() == [[0.0] * 4]

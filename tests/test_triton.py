@@ -315,7 +315,7 @@ def test_walk(
 
 
 @runs
-@pytest.mark.filterwarnings("ignore:invalid value encountered in subtract:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:invalid value encountered in (subtract|reduce):RuntimeWarning")
 @few
 @given(
     worlds,
