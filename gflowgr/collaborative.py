@@ -26,6 +26,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gflowgr.data import batches_of_like_length
+
 FILE_FORMAT = "gflowgr.collaborative"
 # Bounds the one large temporary of SASRec's training, the logits, to 64 MiB in float32.
 LOGITS_PER_CHUNK = 2**24
@@ -540,7 +542,8 @@ class _SASRecTrainer:
         with _progress_bar(epochs * self.num_batches, "SASRec", progress) as bar:
             for epoch in range(1, epochs + 1):
                 network.train().requires_grad_(True)
-                loss = sum(self._step(rows, bar) for rows in self._batches()) / self.num_batches
+                batches = batches_of_like_length(self.lengths, self.batch_size)
+                loss = sum(self._step(rows, bar) for rows in batches) / self.num_batches
                 network.eval().requires_grad_(False)
                 entry = {"epoch": float(epoch), "loss": loss}
                 if validation is not None:
@@ -559,15 +562,6 @@ class _SASRecTrainer:
         if best_state is not None:
             network.load_state_dict(best_state)
         return log
-
-    def _batches(self) -> list[Tensor]:
-        order = torch.randperm(len(self.histories))
-        # Sorting by length within large shuffled groups saves padding and still mixes users anew each epoch.
-        groups = [
-            group[self.lengths[group].argsort(stable=True)] for group in order.split(32 * self.batch_size)
-        ]
-        batches = [rows for group in groups for rows in group.split(self.batch_size)]
-        return [batches[i] for i in torch.randperm(len(batches)).tolist()]
 
     def _step(self, rows: Tensor, bar: Any) -> float:
         network = self.model.network

@@ -61,6 +61,10 @@ class GFlowGRConfig(TrainingArguments):
     learning_rate: float = field(default=1e-3, metadata={"help": "The initial learning rate."})
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "The learning rate's schedule."})
+    train_sampling_strategy: str = field(
+        default="group_by_length",
+        metadata={"help": "How rows form batches: histories of like length ('group_by_length') or 'random'."},
+    )
     per_device_train_batch_size: int = field(default=256, metadata={"help": "Contexts a step and device."})
     per_device_eval_batch_size: int = field(
         default=256, metadata={"help": "Users a batch of the evaluation."}

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+
+from gflowgr.ops._random import random_bits
 
 if TYPE_CHECKING:
     import pandas
@@ -368,10 +370,59 @@ def split(
 
 
 def collate(examples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Stacks examples into a batch: a dictionary of the same fields with the batch in front."""
+    """Stacks examples into a batch: a dictionary of the same fields with the batch in front.
+
+    Whole histories are cut to the longest of the batch, but to no fewer than two columns.
+    """
     if not examples:
         raise ValueError("examples needs at least one example to collate, got none")
-    return {name: torch.stack([example[name] for example in examples]) for name in examples[0]}
+    batch = {name: torch.stack([example[name] for example in examples]) for name in examples[0]}
+    if "items" in batch:
+        width = max(2, int((batch["items"] >= 0).sum(1).max()))
+        batch |= {name: batch[name][:, :width] for name in ("items", "value")}
+    return batch
+
+
+def batches_of_like_length(
+    lengths: Tensor, batch_size: int, generator: torch.Generator | None = None
+) -> list[Tensor]:
+    """Rows (int64) of each batch, in random order: every row once, little padding in any batch.
+
+    Rows are sorted by length within large random groups, so that users still mix anew in every epoch.
+    """
+    order = torch.randperm(len(lengths), generator=generator)
+    groups = [group[lengths[group].argsort(stable=True)] for group in order.split(32 * batch_size)]
+    batches = [rows for group in groups for rows in group.split(batch_size)]
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+class LikeLengths(torch.utils.data.Sampler[int]):
+    """Rows one after the other such that batches of `batch_size` hold histories of like length.
+
+    The order is a function of `seed` and the epoch, which a data loader sets.
+    """
+
+    def __init__(self, dataset: Examples | Histories, batch_size: int, seed: int) -> None:
+        rows = dataset.history if isinstance(dataset, Examples) else dataset.items
+        self.lengths = (rows >= 0).sum(1)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        # A CPU's generator reads the lower half of a seed only, so that both have to be in there.
+        word = int(random_bits(torch.tensor(self.seed), self.epoch))
+        generator = torch.Generator().manual_seed(word)
+        batches = batches_of_like_length(self.lengths, self.batch_size, generator)
+        # A short batch anywhere but at the end would shift the borders of all that follow.
+        batches.sort(key=lambda rows: len(rows) < self.batch_size)
+        return iter(torch.cat(batches).tolist())
 
 
 def _parts_leaving_one_out(log: InteractionLog) -> np.ndarray:

@@ -21,9 +21,10 @@ from gflowgr import generation, ops
 from gflowgr.backbones import GenerativeRecommender
 from gflowgr.collaborative import CollaborativeModel
 from gflowgr.config import GFlowGRConfig
-from gflowgr.data import Examples, Histories, collate
+from gflowgr.data import Examples, Histories, LikeLengths, collate
 from gflowgr.metrics import Metrics, ranking_metrics
 from gflowgr.objectives import TrajectoryBatch, diagnostics, gfn_loss, sft_loss
+from gflowgr.ops._random import random_bits
 from gflowgr.rewards import RewardContext, RewardModel
 from gflowgr.sampling import STRATEGIES, Draw, TrajectorySampler
 
@@ -257,8 +258,9 @@ class GFlowGRTrainer(Trainer):
         """The model's own items for the "policy" strategy, drawn by a seed of this step."""
 
         def draw(count: int) -> Tensor:
-            seed = (self.args.seed << 32) + self.state.global_step
-            generator = torch.Generator(history.device).manual_seed(seed)
+            # A CPU's generator reads the lower half of a seed only, so that both have to be in there.
+            word = int(random_bits(torch.tensor(self.args.seed), self.state.global_step))
+            generator = torch.Generator(history.device).manual_seed(word)
             return generation.sample(self.policy.recommender, history, count, generator=generator).items
 
         return draw
@@ -324,6 +326,13 @@ class GFlowGRTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._timer = time.perf_counter()
         return super().train(*args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int] | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy == "group_by_length":
+            return LikeLengths(dataset, self._train_batch_size, self.args.seed)
+        sampler: torch.utils.data.Sampler[int] | None = super()._get_train_sampler(train_dataset)
+        return sampler
 
     def rank(self, dataset: Examples) -> Metrics:
         """Ranks the whole catalogue for each example and measures the lists."""

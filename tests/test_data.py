@@ -11,10 +11,21 @@ import numpy as np
 import pandas
 import pytest
 import torch
+from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gflowgr.data import Examples, InteractionLog, Split, collate, k_core, read_log, split
+from gflowgr.data import (
+    Examples,
+    Histories,
+    InteractionLog,
+    LikeLengths,
+    Split,
+    collate,
+    k_core,
+    read_log,
+    split,
+)
 
 
 def make_log(histories: list[list[int]], num_items: int | None = None) -> InteractionLog:
@@ -611,3 +622,56 @@ class TestDataset:
     def test_nothing_to_collate(self) -> None:
         with pytest.raises(ValueError, match="at least one example"):
             collate([])
+
+    def test_whole_histories_are_cut_to_the_longest_of_a_batch(self) -> None:
+        histories = split(make_log([[0, 1, 2, 3, 4, 5], [0, 1, 2], [3, 4, 5, 0, 1]]), max_history=8).histories
+        batch = collate(histories.__getitems__([0, 1]))
+        assert batch["items"].tolist() == [[0, 1, 2, 3], [3, 4, 5, -1]]
+        assert batch["value"].shape == (2, 4)
+
+
+class TestBatchesOfLikeLength:
+    @given(st.lists(st.integers(2, 9), min_size=1, max_size=60), st.integers(1, 7), st.integers(0, 3))
+    def test_every_row_once_and_only_the_last_batch_short(
+        self, lengths: list[int], batch_size: int, seed: int
+    ) -> None:
+        rows = LikeLengths(histories_of(lengths), batch_size, seed)
+        assert sorted(rows) == list(range(len(lengths)))
+        assert len(rows) == len(lengths)
+
+    def test_batches_hold_like_lengths(self) -> None:
+        lengths = torch.randint(2, 20, (640,), generator=torch.Generator().manual_seed(0))
+        drawn = lengths[list(LikeLengths(histories_of(lengths.tolist()), 10, 0))].view(-1, 10)
+        # All of them are one group, so that sorted batches span few lengths; at random they would span 15.
+        assert float((drawn.amax(1) - drawn.amin(1)).float().mean()) < 2
+        # And short batches do not all come first.
+        assert 5 < float(drawn[:32].float().mean()) < 15
+
+    def test_the_order_is_a_function_of_seed_and_epoch(self) -> None:
+        histories = histories_of([3] * 40)
+        orders = []
+        for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 1)):
+            rows = LikeLengths(histories, 8, seed)
+            rows.set_epoch(epoch)
+            orders.append(list(rows))
+        assert orders[1] == orders[3]
+        assert orders[0] != orders[1] and orders[0] != orders[2] and orders[1] != orders[2]
+
+    def test_a_data_loader_sets_the_epoch(self) -> None:
+        rows = LikeLengths(histories_of([3] * 40), 8, 0)
+        loader = Accelerator(cpu=True).prepare(
+            torch.utils.data.DataLoader(torch.arange(40), batch_size=8, sampler=rows)
+        )
+        epochs = []
+        for epoch in (0, 1):
+            loader.set_epoch(epoch)
+            epochs.append(torch.cat(list(loader)).tolist())
+        assert epochs[0] != epochs[1]
+        assert sorted(epochs[1]) == list(range(40))
+
+
+def histories_of(lengths: list[int]) -> Histories:
+    width = max(lengths)
+    items = torch.tensor([[0] * length + [-1] * (width - length) for length in lengths])
+    index = torch.arange(len(lengths))
+    return Histories(index, index, items, torch.ones(items.shape))
