@@ -159,7 +159,7 @@ def test_a_folder_holds_cells_of_one_data_set(tmp_path: Path) -> None:
         a_cell(row, seed, [1, 0]).save(tmp_path)
     assert [cell.name for cell in load_cells(tmp_path)] == ["sasrec-0", "sft-2", "sft-10"]
     a_cell("dpo", 0, [1, 0, 0]).save(tmp_path)
-    with pytest.raises(ValueError, match="scientific with 2 users.*scientific with 3 users"):
+    with pytest.raises(ValueError, match=r"scientific with 2 users.*scientific with 3 users"):
         load_cells(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such folder"):
         load_cells(tmp_path / "beauty")

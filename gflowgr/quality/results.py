@@ -40,7 +40,7 @@ class Cell:
         row: name of the method, such as "sft"; also the start of the file names.
         seed: of data order, initialisation and teacher, 0 or more.
         settings: everything that the run was given, as what JSON can hold.
-        grid: the tuning that chose the settings, {"file": path, "points": number}; None where nothing was tuned.
+        grid: the tuning that chose the settings, {"file": path, "points": number}; None if nothing was tuned.
         built_on: rows of the same data set and seed that had to run first.
         budget: "steps", "contexts", "seconds" of its own, "total_seconds" with what it is built on.
         num_users: users, the same in both parts.
@@ -116,8 +116,8 @@ class Cell:
     def save(self, folder: PathLike) -> Path:
         """Writes the pair of files into the data set's folder, and returns the path of the JSON file.
 
-        Each file comes whole or not at all, the JSON last, and an older one of that name goes first: a kill at
-        any time leaves a cell that is complete, or none.
+        Each file comes whole or not at all, the JSON last, and an older one of that name goes first: a kill
+        at any time leaves a cell that is complete, or none.
         """
         path = Path(folder) / f"{self.name}.json"
         document: dict[str, Any] = {"format": FORMAT}
@@ -138,8 +138,8 @@ class Cell:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file or the arrays beside it are damaged, do not belong together, or are of another
-                format; the message names the file.
+            ValueError: the file or the arrays beside it are damaged, do not belong together, or are of
+                another format; the message names the file.
         """
         path = Path(path)
         try:
@@ -153,7 +153,7 @@ class Cell:
             lacks, foreign = sorted(wanted - set(document)), sorted(set(document) - wanted)
             raise ValueError(f"{path}: lacks the fields {lacks}, has the unknown fields {foreign}")
         try:
-            arrays = load_arrays(path.with_suffix(".npz"), _RANKS)
+            arrays: dict[str, Any] = load_arrays(path.with_suffix(".npz"), _RANKS)
             cell = cls(**document, **arrays)
         except (TypeError, AttributeError, FileNotFoundError) as error:
             raise ValueError(f"{path}: {error}") from error
@@ -262,8 +262,11 @@ def metric_of_ranks(metric: str, rank: np.ndarray, places: int) -> np.ndarray:
 
 
 def check_means(part: str, metrics: Mapping[str, float | None], rank: np.ndarray, places: int) -> None:
-    """Raises ValueError unless every recall and NDCG is the mean of what the ranks give, and those at `places`
-    are there."""
+    """Checks that each recall and NDCG is the mean of what the ranks give, those at `places` among them.
+
+    Raises:
+        ValueError: one is not; the message begins with `part`.
+    """
     for required in (f"recall@{places}", f"ndcg@{places}"):
         if required not in metrics:
             raise ValueError(f"{part} lacks {required}")
@@ -298,7 +301,7 @@ def load_arrays(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+def _save_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
     with written(path) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **arrays)
 
