@@ -97,8 +97,10 @@ class Plan:
             raise ValueError(f"contexts is {contexts!r}, needs one of {', '.join(CONTEXTS)}")
         draws = gflownet and config.num_trajectories > 1
         strategies = sampler.get("strategies", "collaborative")
-        wants_scores = (gflownet and "collaborative" in reward["terms"]) or (
-            draws and "collaborative" in strategies
+        wants_scores = (
+            (gflownet and "collaborative" in reward["terms"])
+            or (draws and "collaborative" in strategies)
+            or config.rollout_share > 0
         )
         scorer = section(settings, "collaborative")
         _check_collaborative(scorer)

@@ -50,6 +50,10 @@ class GFlowGRConfig(TrainingArguments):
     flow_learning_rate: float = field(
         default=1e-2, metadata={"help": "Learning rate of learned log Z and flows."}
     )
+    rollout_share: float = field(
+        default=0.0,
+        metadata={"help": "Share of a step's histories with a latter part drawn from the recommender."},
+    )
     eval_num_items: int = field(default=10, metadata={"help": "Length of the lists that evaluation ranks."})
     eval_num_beams: int = field(default=20, metadata={"help": "Beams of the evaluation's search."})
     exclude_history: bool = field(
@@ -91,6 +95,9 @@ class GFlowGRConfig(TrainingArguments):
         for name in ("sft_weight", "gfn_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, needs 0 or more")
+
+        if not 0 <= self.rollout_share <= 1:
+            raise ValueError(f"rollout_share is {self.rollout_share}, needs a number from 0 to 1")
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any]) -> GFlowGRConfig:

@@ -26,9 +26,12 @@ from gflowgr.metrics import Metrics, ranking_metrics
 from gflowgr.objectives import TrajectoryBatch, diagnostics, gfn_loss, sft_loss
 from gflowgr.ops._random import random_bits
 from gflowgr.rewards import RewardContext, RewardModel
+from gflowgr.rollouts import roll_out, roll_out_window
 from gflowgr.sampling import STRATEGIES, Draw, TrajectorySampler
 
 _HEADS = "gflownet_heads.safetensors"
+# One purpose of a step's random numbers each.
+_POLICY_ITEMS, _ROLLOUTS = range(2)
 
 
 @dataclass(frozen=True)
@@ -224,6 +227,8 @@ class GFlowGRTrainer(Trainer):
 
     def _contexts(self, inputs: dict[str, Tensor]) -> tuple[ContextBatch, Draw | None]:
         """The step's contexts with their trajectories drawn."""
+        if self.args.rollout_share and self.model.training:
+            inputs = self._partly_rolled_out(inputs)
         whole = "items" in inputs
         single = _contexts_of_histories(inputs, self.policy.recommender.history_length) if whole else inputs
         scores = self._scores(single["history"])
@@ -234,6 +239,18 @@ class GFlowGRTrainer(Trainer):
             trajectories=single["target"].unsqueeze(1) if draw is None else draw.items,
             rewards=None if self.reward_model is None else _reward_context(single, scores),
         ), draw
+
+    def _partly_rolled_out(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The batch with some of its histories, which ones is random, rolled out by the recommender."""
+        assert self.collaborative is not None
+        device, size = inputs["index"].device, len(inputs["index"])
+        generator = self._generator(device, _ROLLOUTS)
+        chosen = torch.randperm(size, generator=generator, device=device)
+        chosen = chosen[: round(self.args.rollout_share * size)]
+        part = {name: column[chosen] for name, column in inputs.items()}
+        roll = roll_out if "items" in inputs else roll_out_window
+        part |= roll(self.collaborative, part, generator)
+        return {name: column.index_copy(0, chosen, part[name]) for name, column in inputs.items()}
 
     @torch.no_grad()
     def _scores(self, history: Tensor) -> Tensor | None:
@@ -258,12 +275,16 @@ class GFlowGRTrainer(Trainer):
         """The model's own items for the "policy" strategy, drawn by a seed of this step."""
 
         def draw(count: int) -> Tensor:
-            # A CPU's generator reads the lower half of a seed only, so that both have to be in there.
-            word = int(random_bits(torch.tensor(self.args.seed), self.state.global_step))
-            generator = torch.Generator(history.device).manual_seed(word)
+            generator = self._generator(history.device, _POLICY_ITEMS)
             return generation.sample(self.policy.recommender, history, count, generator=generator).items
 
         return draw
+
+    def _generator(self, device: torch.device, stream: int) -> torch.Generator:
+        """Random numbers of this step, for one purpose."""
+        # A CPU's generator reads the lower half of a seed only, so all that matters has to be mixed into it.
+        word = random_bits(torch.tensor(self.args.seed), self.state.global_step, stream)
+        return torch.Generator(device).manual_seed(int(word))
 
     def _record(self, outputs: dict[str, Any], contexts: ContextBatch, draw: Draw | None) -> None:
         """Keeps this step's figures until the next log."""
@@ -462,6 +483,8 @@ def _check_parts(
             f"sampler draws {sampler.num_trajectories} trajectories, "
             f"needs num_trajectories={args.num_trajectories}"
         )
+    if args.rollout_share and collaborative is None:
+        raise ValueError(f"collaborative is None, needs a recommender for rollout_share={args.rollout_share}")
     for name, part in (
         ("sampler", sampler),
         ("reward_model", reward_model),
