@@ -16,7 +16,13 @@ from gflowgr.backbones import GenerativeRecommender
 from gflowgr.collaborative import CollaborativeModel
 from gflowgr.config import GFlowGRConfig, check_keys
 from gflowgr.data import Examples, Histories, InteractionLog, Split, split
-from gflowgr.rewards import CollaborativeReward, InteractionReward, RewardModel, SimilarityReward
+from gflowgr.rewards import (
+    CollaborativeReward,
+    InteractionReward,
+    RewardModel,
+    SimilarityReward,
+    UniformReward,
+)
 from gflowgr.sampling import TrajectorySampler
 from gflowgr.semantic_ids import SemanticIds
 from gflowgr.settings import check_options, merge, section
@@ -34,6 +40,7 @@ TERMS: dict[str, Callable[..., Any]] = {
     "interaction": InteractionReward,
     "collaborative": CollaborativeReward,
     "similarity": SimilarityReward,
+    "uniform": UniformReward,
 }
 
 # What a command wants beyond GFlowGRConfig's own defaults: a curve to look at, and the best epoch's weights.

@@ -373,8 +373,8 @@ class SASRec(Recommender):
 
         With `validation` training stops when NDCG@10 has not risen for `patience` epochs and the best
         epoch's weights are kept; without it all `epochs` are run. Deterministic by `seed` on a CPU; the
-        global random state is as before afterwards. `training_log` of the model holds loss (nats a target)
-        and NDCG@10 by epoch. Raises ValueError for an empty log, ids outside the catalogue or bad settings,
+        global random state is as before afterwards. `training_log` of the model holds the steps, loss (nats
+        a target) and NDCG@10 of each epoch. Raises ValueError for an empty log, ids outside the catalogue or bad settings,
         FloatingPointError when the loss is no longer finite.
         """
         offsets, items = _check_sequences(sequences, num_items)
@@ -545,7 +545,7 @@ class _SASRecTrainer:
                 batches = batches_of_like_length(self.lengths, self.batch_size)
                 loss = sum(self._step(rows, bar) for rows in batches) / self.num_batches
                 network.eval().requires_grad_(False)
-                entry = {"epoch": float(epoch), "loss": loss}
+                entry = {"epoch": float(epoch), "steps": float(self.num_batches), "loss": loss}
                 if validation is not None:
                     entry["ndcg@10"] = _ndcg(self.model, validation)
                 log.append(entry)

@@ -77,6 +77,14 @@ class InteractionLog:
     def num_items(self) -> int:
         return len(self.item_ids)
 
+    def without_last(self) -> InteractionLog:
+        """Without the last interaction of each user; users and items keep their numbers."""
+        kept = np.r_[self.user[1:] == self.user[:-1], False]
+        user, item, timestamp, value = (
+            column[kept] for column in (self.user, self.item, self.timestamp, self.value)
+        )
+        return InteractionLog(user, item, timestamp, value, self.user_ids, self.item_ids)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one parquet file in the log's own ids, for `load` and any other reader of parquet.
 
@@ -310,6 +318,7 @@ def split(
     max_history: int = 20,
     max_future: int = 5,
     max_items: int | None = None,
+    held_out: int = 2,
     validation_fraction: float = 0.1,
     test_fraction: float = 0.1,
 ) -> Split:
@@ -330,6 +339,9 @@ def split(
         max_history: the latest items that a history keeps.
         max_future: the following items that an example keeps, 0 for none.
         max_items: row length of the whole histories, by default max_history + 1.
+        held_out: items of a user that are no training targets, "leave-one-out" only: 2, or 1 for a log that
+            has no test item any more, whose last one is then the validation target and whose test part is
+            empty.
         validation_fraction: share of the interactions, "time" only.
         test_fraction: share of the interactions, "time" only.
 
@@ -341,8 +353,10 @@ def split(
     _require_at_least("max_future", max_future, 0)
     max_items = max_history + 1 if max_items is None else max_items
     _require_at_least("max_items", max_items, 2)
+    if held_out not in (1, 2) or (held_out == 1 and method != "leave-one-out"):
+        raise ValueError(f'held_out needs to be 2, or 1 with method "leave-one-out", got {held_out}')
     if method == "leave-one-out":
-        part = _parts_leaving_one_out(log)
+        part = _parts_leaving_one_out(log, held_out)
     elif method == "time":
         part = _parts_by_time(log, validation_fraction, test_fraction)
     else:
@@ -357,7 +371,7 @@ def split(
         "test": has_history & (part == 2) & opens_part,
     }
     for name, chosen in targets.items():
-        if not chosen.any():
+        if not chosen.any() and (name != "test" or held_out == 2):
             raise ValueError(
                 f"split(method={method!r}): no example for the {name} part, which needs a user with an "
                 f"interaction in it and an earlier one, got {len(log)} interactions of {log.num_users} users"
@@ -425,17 +439,18 @@ class LikeLengths(torch.utils.data.Sampler[int]):
         return iter(torch.cat(batches).tolist())
 
 
-def _parts_leaving_one_out(log: InteractionLog) -> np.ndarray:
+def _parts_leaving_one_out(log: InteractionLog, held_out: int) -> np.ndarray:
     counts = np.bincount(log.user, minlength=log.num_users)
-    if (counts < 3).any():
+    needed = held_out + 1
+    if (counts < needed).any():
         first = counts.argmin()
         raise ValueError(
-            f'split(method="leave-one-out") needs 3 interactions of each user, {(counts < 3).sum()} of '
-            f"{log.num_users} users have fewer: user {_shown(log.user_ids[first])} has {counts[first]}; "
-            "k_core(log, 3) drops them"
+            f'split(method="leave-one-out") needs {needed} interactions of each user, '
+            f"{(counts < needed).sum()} of {log.num_users} users have fewer: user "
+            f"{_shown(log.user_ids[first])} has {counts[first]}; k_core(log, {needed}) drops them"
         )
     left = counts.cumsum()[log.user] - 1 - np.arange(len(log))
-    return np.maximum(2 - left, 0)
+    return np.maximum(held_out - left, 0)
 
 
 def _parts_by_time(log: InteractionLog, validation_fraction: float, test_fraction: float) -> np.ndarray:

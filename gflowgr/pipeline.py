@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from gflowgr.collaborative import CollaborativeModel
     from gflowgr.data import Split
     from gflowgr.metrics import Metrics
+    from gflowgr.trainer import GFlowGRTrainer
 
 CHECKPOINT = "checkpoint"
 SETTINGS = "config.yaml"
@@ -341,25 +342,77 @@ def train(
         FileNotFoundError, TypeError, ValueError: settings or data that cannot serve; nothing to resume.
         FloatingPointError: a loss that is not finite.
     """
+    output = Path(output)
+    require_free(output, overwrite)
+    settings = {**(settings or {}), "data": str(Path(data).resolve())}
+    _check_settings(settings)
+    folder = DataFolder.load(data, tokenized=True)
+    partial = output.with_name(f"{output.name}.partial")
+    if overwrite and not resume:
+        remove(partial)
+    fitted = fit(folder, settings, partial, resume=resume, callbacks=callbacks)
+    run = TrainedRun(
+        output,
+        fitted.trainer.policy.recommender,
+        fitted.trainer.rank(fitted.parts.validation),
+        fitted.trainer.rank(fitted.parts.test),
+        fitted.trainer.state.log_history,
+        fitted.seconds,
+        fitted.collaborative_seconds,
+    )
+    if fitted.trainer.is_world_process_zero():
+        _finish(partial, run, folder.items)
+    return run
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    from gflowgr.assembly import Plan
+
+    if Plan.of(settings).split.get("held_out", 2) == 1:
+        raise ValueError("split.held_out is 1, which leaves nothing to test on, needs 2")
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """A trained model that nobody has measured yet.
+
+    Attributes:
+        trainer: done, with the best weights on validation by default.
+        parts: what it was trained on, and what it can be measured on.
+        seconds: of training alone, evaluations in between included.
+        collaborative_seconds: of fitting the collaborative recommender, 0 where none was fitted.
+    """
+
+    trainer: GFlowGRTrainer
+    parts: Split
+    seconds: float
+    collaborative_seconds: float
+
+
+def fit(
+    folder: DataFolder,
+    settings: Mapping[str, Any],
+    partial: Path,
+    *,
+    resume: bool = False,
+    callbacks: Sequence[Any] = (),
+) -> Fitted:
+    """Trains a recommender; `partial` holds its checkpoints. Arguments and errors as `train`'s.
+
+    It looks at the training and the validation part alone.
+    """
     import transformers
 
     from gflowgr.assembly import Plan
     from gflowgr.trainer import GFlowGRTrainer
 
-    settings = {**(settings or {}), "data": str(Path(data).resolve())}
-    output = Path(output)
-    require_free(output, overwrite)
     plan = Plan.of(settings)
-    folder = DataFolder.load(data, tokenized=True)
     assert folder.semantic_ids is not None
     parts = plan.divide(folder.log)
-    partial = output.with_name(f"{output.name}.partial")
     config = plan.config(partial)
     transformers.set_seed(config.seed)
     recommender = plan.build_model(folder.semantic_ids, config.seed)
     reward, sampler = plan.build_reward(folder.semantic_ids), plan.build_sampler(parts, config)
-    if overwrite and not resume:
-        remove(partial)
     checkpoint = _open_partial(partial, settings, resume)
     try:
         began = time.perf_counter()
@@ -387,13 +440,7 @@ def train(
         if not _checkpoints(partial):
             remove(partial)
         raise
-    validation, test = trainer.rank(parts.validation), trainer.rank(parts.test)
-    run = TrainedRun(
-        output, recommender, validation, test, trainer.state.log_history, seconds, collaborative_seconds
-    )
-    if trainer.is_world_process_zero():
-        _finish(partial, run, folder.items)
-    return run
+    return Fitted(trainer, parts, seconds, collaborative_seconds)
 
 
 def _open_partial(partial: Path, settings: Mapping[str, Any], resume: bool) -> Path | None:

@@ -133,13 +133,21 @@ class InteractionReward:
         logged = values.new_tensor(sorted(self.mapping))
         rewards = values.new_tensor([self.mapping[value] for value in sorted(self.mapping)])
         position = torch.searchsorted(logged, values).clamp(max=len(logged) - 1)
-        unknown = logged[position] != values
+        # What nobody was seen to take is worth nothing, whatever else the log knows.
+        unknown = (logged[position] != values) & (values != 0.0)
         if bool(unknown.any()):
             raise ValueError(
                 f"{name}: got {float(values[unknown][0])}, which the mapping lacks; "
                 f"it has {sorted(self.mapping)}"
             )
-        return rewards[position]
+        return torch.where(logged[position] == values, rewards[position], 0.0)
+
+
+class UniformReward:
+    """The same for every item: in a mixture beside the observed item this is label smoothing over items."""
+
+    def __call__(self, context: RewardContext, items: Tensor) -> Tensor:
+        return torch.ones(items.shape, device=items.device)
 
 
 class CollaborativeReward:

@@ -1,0 +1,328 @@
+"""One cell of the table: a row on a data set with a seed, trained, measured, and written to its files."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+
+from gflowgr import collaborative, generation, ops, pipeline
+from gflowgr.backbones import GenerativeRecommender
+from gflowgr.bench.table import machine
+from gflowgr.collaborative import Recommender
+from gflowgr.data import Examples, Split, split
+from gflowgr.folders import DataFolder, remove
+from gflowgr.metrics import Metrics, ranking_metrics
+from gflowgr.quality.data import DataSet
+from gflowgr.quality.results import Cell, save_users
+from gflowgr.quality.rows import ROWS, Row
+from gflowgr.quality.grids import chosen_settings, grid_of
+from gflowgr.settings import merge
+
+PLACES = 10
+MAX_HISTORY = 20
+# Candidates of each side of an ensemble.
+_CANDIDATES = 20
+
+_COMMON: dict[str, Any] = {
+    "split": {"max_history": MAX_HISTORY},
+    "training": {
+        "eval_strategy": "steps",
+        "eval_num_items": PLACES,
+        "bf16": True,
+        "disable_tqdm": True,
+        "logging_steps": 50,
+    },
+}
+_SIZES: dict[str, dict[str, Any]] = {
+    "decoder": {"kind": "decoder", "layers": 4, "d_model": 128, "heads": 4},
+    "t5": {"kind": "t5", "layers": 4, "d_model": 128, "heads": 6, "d_kv": 64, "d_ff": 1024},
+}
+_FROM_SCRATCH = {"per_device_train_batch_size": 128, "eval_steps": 1 / 3}
+_FURTHER = {"per_device_train_batch_size": 256, "learning_rate": 3e-4, "eval_steps": 1 / 3}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where things are: the data sets' folders, what may be thrown away, and the result files."""
+
+    data: Path
+    work: Path
+    results: Path
+
+    def checkpoint(self, data_set: str, row: str, seed: int) -> Path:
+        """A run's folder, or a fitted recommender's file."""
+        ending = ".safetensors" if ROWS[row].kind == "scorer" else ""
+        return self.work / data_set / f"{row}-{seed}{ending}"
+
+    def result(self, data_set: str, row: str, seed: int) -> Path:
+        return self.results / data_set / f"{row}-{seed}.json"
+
+
+def settings_of(row_name: str, data_set: DataSet, seed: int, place: Place) -> dict[str, Any]:
+    """Everything that a run is given; paths are those of this machine."""
+    row = ROWS[row_name]
+    if row.kind == "scorer":
+        return merge(row.settings, chosen_settings(row_name, data_set.name, place.results))
+    if row.kind == "ensemble":
+        return {"weights": {row.start: 0.5, row.teacher: 0.5}, "candidates": _CANDIDATES}
+    settings = merge(_COMMON, {"training": {"seed": seed}})
+    if row.kind == "further":
+        assert row.start is not None
+        folder = place.checkpoint(data_set.name, row.start, seed)
+        going_on = {
+            "contexts": "windows",
+            "model": {"kind": "checkpoint", "folder": str(folder)},
+            "training": {**_FURTHER, "max_steps": data_set.extra_steps},
+        }
+        settings = merge(settings, going_on)
+    else:
+        epochs = data_set.epochs if row.kind == "decoder" else data_set.t5_epochs
+        from_scratch = {**_FROM_SCRATCH, "num_train_epochs": epochs}
+        settings = merge(settings, {"model": _SIZES[row.kind], "training": from_scratch})
+    if row.teacher is not None:
+        path = place.checkpoint(data_set.name, row.teacher, seed)
+        settings["collaborative"] = {"path": str(path)}
+    settings = merge(settings, row.settings)
+    return merge(settings, chosen_settings(row.like or row_name, data_set.name, place.results))
+
+
+def run(row_name: str, data_set: DataSet, seed: int, place: Place) -> Cell:
+    """Trains and measures a cell whose `built_on` are there, and writes its result and its checkpoint.
+
+    A run that was killed goes on from its last checkpoint.
+
+    Raises:
+        FileNotFoundError: data are missing, or what the row is built on.
+        ValueError: data that do not fit the row.
+    """
+    row = ROWS[row_name]
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    folder = data_set.load(place.data)
+    settings = settings_of(row_name, data_set, seed, place)
+    for needed in row.built_on:
+        if not place.checkpoint(data_set.name, needed, seed).exists():
+            raise FileNotFoundError(f"{row_name} needs {needed} of seed {seed} first")
+    measure = {"scorer": _run_scorer, "ensemble": _run_ensemble}.get(row.kind, _run_model)
+    measured = measure(row_name, data_set, seed, place, settings, folder)
+    cell = _cell(row_name, data_set, seed, place, settings, folder, measured)
+    cell.save(place.results / data_set.name)
+    parts = measured.parts
+    popularity = np.bincount(parts.sequences.items, minlength=parts.num_items)
+    save_users(
+        place.results / data_set.name,
+        (parts.test.history >= 0).sum(1).numpy(),
+        popularity[parts.test.target.numpy()],
+    )
+    return cell
+
+
+@dataclass(frozen=True)
+class _Measured:
+    parts: Split
+    validation: Metrics
+    test: Metrics
+    steps: int = 0
+    contexts: float = 0.0
+    seconds: float = 0.0
+
+
+def _run_scorer(
+    row: str, data_set: DataSet, seed: int, place: Place, settings: Mapping[str, Any], folder: DataFolder
+) -> _Measured:
+    began = time.process_time()
+    model = fit_scorer(settings, folder, seed)
+    seconds = time.process_time() - began
+    path = place.checkpoint(data_set.name, row, seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    model.save(path)
+    parts = split(folder.log, max_history=MAX_HISTORY)
+    log = getattr(model, "training_log", [])
+    return _Measured(
+        parts,
+        *(_rank_scores(model, getattr(parts, part), folder) for part in ("validation", "test")),
+        steps=round(sum(entry["steps"] for entry in log)),
+        contexts=len(log) * len(parts.sequences.items),
+        seconds=seconds,
+    )
+
+
+def fit_scorer(settings: Mapping[str, Any], folder: DataFolder, seed: int) -> Recommender:
+    """Fits on a log from which the test items are gone."""
+    parts = split(folder.log.without_last(), max_history=MAX_HISTORY, held_out=1)
+    options = dict(settings["collaborative"])
+    name = options.pop("model")
+    if name == collaborative.SASRec.name:
+        options = {"max_history": MAX_HISTORY, **options}
+    if name != "popularity":
+        options["progress"] = False
+    return collaborative.build(
+        name, parts.sequences, parts.num_items, validation=parts.validation, seed=seed, **options
+    )
+
+
+def _rank_scores(model: Recommender, part: Examples, folder: DataFolder) -> Metrics:
+    assert folder.semantic_ids is not None
+    best, of_target = [], []
+    for rows in torch.arange(len(part)).split(1024):
+        scores = model.scores(part.history[rows])
+        best.append(scores.topk(PLACES).indices)
+        of_target.append(scores.log_softmax(1).gather(1, part.target[rows, None])[:, 0])
+    is_distribution = model.name in ("popularity", "sasrec")
+    return ranking_metrics(
+        torch.cat(best),
+        part.target,
+        num_items=model.num_items,
+        codes=folder.semantic_ids.codes,
+        target_log_probs=torch.cat(of_target) if is_distribution else None,
+    )
+
+
+class Clock(transformers.TrainerCallback):
+    """Processor time of the steps alone, and a line at each evaluation."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.seconds = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.began = time.process_time()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds += time.process_time() - self.began
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        found = (metrics or {}).get(f"eval_ndcg@{PLACES}")
+        if found is not None:
+            print(
+                f"{self.title}: step {state.global_step} of {state.max_steps}, "
+                f"validation NDCG@{PLACES} {found:.4f}",
+                flush=True,
+            )
+
+
+def _run_model(
+    row: str, data_set: DataSet, seed: int, place: Place, settings: Mapping[str, Any], folder: DataFolder
+) -> _Measured:
+    target = place.checkpoint(data_set.name, row, seed)
+    partial = target.with_name(f"{target.name}.partial")
+    resume = any(partial.glob("checkpoint-*/trainer_state.json"))
+    if not resume:
+        remove(partial)
+    clock = Clock(f"{data_set.name} {row} seed {seed}")
+    fitted = pipeline.fit(folder, settings, partial, resume=resume, callbacks=[clock])
+    trainer, parts = fitted.trainer, fitted.parts
+    trainer.policy.recommender.save_pretrained(target / pipeline.CHECKPOINT)
+    rows = trainer.train_dataset
+    steps = trainer.state.max_steps
+    contexts_a_row = 1.0 if isinstance(rows, Examples) else float((rows.items[:, 1:] >= 0).sum()) / len(rows)
+    measured = _Measured(
+        parts,
+        trainer.rank(parts.validation),
+        trainer.rank(parts.test),
+        steps=steps,
+        contexts=steps * trainer.args.per_device_train_batch_size * contexts_a_row,
+        seconds=clock.seconds,
+    )
+    remove(partial)
+    return measured
+
+
+def _run_ensemble(
+    row: str, data_set: DataSet, seed: int, place: Place, settings: Mapping[str, Any], folder: DataFolder
+) -> _Measured:
+    start, teacher = ROWS[row].built_on
+    checkpoint = place.checkpoint(data_set.name, start, seed) / pipeline.CHECKPOINT
+    recommender = GenerativeRecommender.load(checkpoint).eval()
+    scorer = collaborative.load(place.checkpoint(data_set.name, teacher, seed))
+    parts = split(folder.log, max_history=MAX_HISTORY)
+    return _Measured(
+        parts,
+        *(
+            _rank_mixture(recommender, scorer, getattr(parts, part), folder)
+            for part in ("validation", "test")
+        ),
+    )
+
+
+@torch.no_grad()
+def _rank_mixture(
+    recommender: GenerativeRecommender, scorer: Recommender, part: Examples, folder: DataFolder
+) -> Metrics:
+    """Ranks by the mean of both probabilities, among the best items of either."""
+    lists: list[Tensor] = []
+    for rows in torch.arange(len(part)).split(256):
+        history = part.history[rows]
+        probability = scorer.scores(history).softmax(1)
+        written = generation.generate(recommender, history, num_items=_CANDIDATES).items
+        candidates = torch.cat([probability.topk(_CANDIDATES).indices, written], 1)
+        tokens = recommender.tokens(candidates)
+        policy = recommender(history, candidates)
+        log_probs = ops.trie_token_log_probs(policy.logits, tokens, recommender.trie).sum(-1)
+        mixed = 0.5 * probability.gather(1, candidates) + 0.5 * log_probs.exp()
+        twice = (candidates[:, :, None] == candidates[:, None, :]).tril(-1).any(2)
+        best = mixed.masked_fill(twice, -1.0).topk(PLACES).indices
+        lists.append(candidates.gather(1, best))
+    assert folder.semantic_ids is not None
+    return ranking_metrics(
+        torch.cat(lists), part.target, num_items=scorer.num_items, codes=folder.semantic_ids.codes
+    )
+
+
+def _cell(
+    row_name: str,
+    data_set: DataSet,
+    seed: int,
+    place: Place,
+    settings: Mapping[str, Any],
+    folder: DataFolder,
+    measured: _Measured,
+) -> Cell:
+    row = ROWS[row_name]
+    total = measured.seconds
+    for needed in row.built_on:
+        total += Cell.load(place.result(data_set.name, needed, seed)).budget["total_seconds"]
+    where = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    tuned = row.like or row_name
+    return Cell(
+        dataset=data_set.name,
+        row=row_name,
+        seed=seed,
+        settings=_portable({**settings, "semantic_ids": data_set.codes}, place),
+        grid=grid_of(tuned, data_set.name, place.results),
+        built_on=row.built_on,
+        budget={
+            "steps": measured.steps,
+            "contexts": round(measured.contexts),
+            "seconds": round(measured.seconds, 1),
+            "total_seconds": round(total, 1),
+        },
+        num_users=len(measured.parts.test),
+        num_items=folder.log.num_items,
+        validation=measured.validation.summary(),
+        test=measured.test.summary(),
+        commit=where["commit"],
+        device=where["cpu"] if where["device"] == "cpu" else where["device"],
+        versions={name: where[name] for name in ("gflowgr", "torch")} | {
+            "transformers": transformers.__version__
+        },
+        validation_rank=measured.validation.rank.numpy().astype(np.uint8),
+        test_rank=measured.test.rank.numpy().astype(np.uint8),
+    )
+
+
+def _portable(settings: Any, place: Place) -> Any:
+    """Without this machine's folders in the paths."""
+    if isinstance(settings, Mapping):
+        return {key: _portable(value, place) for key, value in settings.items()}
+    if isinstance(settings, str):
+        return settings.replace(f"{place.work}/", "")
+    return settings

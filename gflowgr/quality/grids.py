@@ -1,0 +1,74 @@
+"""Settings chosen on the validation part: what was tried for a row, and what was best."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gflowgr.folders import write_text
+from gflowgr.quality.rows import ROWS
+from gflowgr.settings import override
+
+FORMAT = "gflowgr.grid/1"
+METRIC = "ndcg@10"
+
+
+def grid_path(row: str, data_set: str, results: Path) -> Path:
+    return results / data_set / "tuning" / f"{row}.json"
+
+
+def read_grid(row: str, data_set: str, results: Path) -> list[dict[str, Any]]:
+    """The points tried so far: "settings" by dotted names, "validation" metrics, "seed", "seconds", "commit".
+
+    Raises:
+        ValueError: the file is something else.
+    """
+    path = grid_path(row, data_set, results)
+    if not path.is_file():
+        return []
+    document = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise ValueError(f"{path}: not a file of the format {FORMAT}")
+    points: list[dict[str, Any]] = document["points"]
+    return points
+
+
+def write_grid(row: str, data_set: str, results: Path, points: Sequence[Mapping[str, Any]]) -> None:
+    chosen = best_point(points)
+    document = {"format": FORMAT, "row": row, "metric": METRIC, "chosen": chosen, "points": list(points)}
+    path = grid_path(row, data_set, results)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(document, indent=1) + "\n")
+
+
+def best_point(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The settings of the highest NDCG@10 on validation; the earlier of equals."""
+    best = max(points, key=lambda point: point["validation"][METRIC])
+    return dict(best["settings"])
+
+
+def is_complete(row: str, data_set: str, results: Path) -> bool:
+    tried = [point["settings"] for point in read_grid(row, data_set, results)]
+    return all(point in tried for point in ROWS[row].points())
+
+
+def chosen_settings(row: str, data_set: str, results: Path) -> dict[str, Any]:
+    """The best point of a row's whole grid as nested settings; nothing where it was not tuned."""
+    points = read_grid(row, data_set, results)
+    if not points or not is_complete(row, data_set, results):
+        return {}
+    return nested(best_point(points))
+
+
+def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted names as sections."""
+    return override({}, [f"{name}={json.dumps(value)}" for name, value in settings.items()])
+
+
+def grid_of(row: str, data_set: str, results: Path) -> dict[str, Any] | None:
+    """What a result file says of the tuning behind it."""
+    if not chosen_settings(row, data_set, results):
+        return None
+    return {"file": f"tuning/{row}.json", "points": len(read_grid(row, data_set, results))}

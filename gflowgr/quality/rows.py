@@ -1,0 +1,152 @@
+"""The rows of the quality table: what each trains, on what it is built, and what is chosen for it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from gflowgr.recipes import GFLOWGR
+from gflowgr.settings import merge
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method of the table.
+
+    Attributes:
+        kind: "scorer" is a recommender of `gflowgr.collaborative`; "decoder" and "t5" a model from scratch;
+            "further" a model that goes on from the checkpoint of `start`; "ensemble" a mixture of the
+            probabilities of `start` and `teacher`.
+        settings: what distinguishes it, as `gflowgr.assembly.Plan` takes it.
+        start: the row whose checkpoint it starts from.
+        teacher: the row whose recommender is behind its reward, sampler or rollouts.
+        grid: settings to choose from on the validation part: dotted name -> values.
+        like: the row whose choice it shares, where it has no grid of its own.
+    """
+
+    kind: Literal["scorer", "decoder", "t5", "further", "ensemble"]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    start: str | None = None
+    teacher: str | None = None
+    grid: Mapping[str, list[Any]] = field(default_factory=dict)
+    like: str | None = None
+
+    @property
+    def built_on(self) -> list[str]:
+        return [row for row in (self.start, self.teacher) if row is not None]
+
+    def points(self) -> list[dict[str, Any]]:
+        """Every combination of the grid."""
+        combinations = itertools.product(*self.grid.values())
+        return [dict(zip(self.grid, values, strict=True)) for values in combinations]
+
+
+def _scorer(model: str, **options: Any) -> Row:
+    return Row("scorer", {"collaborative": {"model": model, **options}})
+
+
+def _further(
+    objective: str, teacher: str | None = None, sections: Mapping[str, Any] | None = None, **training: Any
+) -> Row:
+    settings = {**(sections or {}), "training": {"objective": objective, **training}}
+    return Row("further", settings, start="sft", teacher=teacher)
+
+
+_TERMS: dict[str, dict[str, Any]] = {
+    "interaction": {},
+    "collaborative": {"normalisation": "standardised"},
+    "similarity": {},
+}
+
+
+def _paper(
+    *, without: str | None = None, sections: Mapping[str, Any] | None = None, **training: Any
+) -> Row:
+    """GFlowGR as the paper has it (arXiv 2506.16114), but for what is given."""
+    literal = {
+        "reward": {
+            "fusion": "sum",
+            "terms": {name: options for name, options in _TERMS.items() if name != without},
+        },
+        "sampler": {"strategies": "collaborative", "schedule": "curriculum"},
+        "training": {
+            "objective": "tb",
+            "flows": "learned",
+            "sft_weight": 1.0,
+            "gfn_weight": 1.0,
+            "num_trajectories": 3,
+        },
+    }
+    settings = merge(merge(literal, sections or {}), {"training": training})
+    return Row("further", settings, start="sft", teacher="sasrec")
+
+
+_RANDOM = {"sampler": {"strategies": "random"}}
+_POLICY = {"sampler": {"strategies": "policy"}}
+
+
+_SFT = {"training": {"objective": "sft"}}
+# As many points for the supervised model as for ours.
+_SFT_GRID = {"model.dropout": [0.1, 0.2, 0.3], "training.learning_rate": [1e-3, 2e-3]}
+_GFLOWGR_GRID = {"reward.weights.collaborative": [0.7, 0.8, 0.9], "training.learning_rate": [1e-3, 2e-3]}
+
+ROWS: dict[str, Row] = {
+    "popularity": _scorer("popularity"),
+    "item-knn": _scorer("item-knn"),
+    "sasrec": _scorer("sasrec"),
+    "sft": Row("decoder", _SFT, grid=_SFT_GRID),
+    "sft-continued": _further("sft"),
+    "sft-smoothed": Row(
+        "decoder",
+        {"reward": {"terms": {"interaction": {}, "uniform": {}}, "weights": {"interaction": 0.9, "uniform": 0.1}}},
+        like="sft",
+    ),
+    "sft-rollouts": Row(
+        "decoder", merge(_SFT, {"training": {"rollout_share": 0.5}}), teacher="sasrec", like="sft"
+    ),
+    "ensemble": Row("ensemble", start="sft", teacher="sasrec"),
+    "dpo": _further("s_dpo", None, _RANDOM, num_trajectories=2),
+    "s-dpo": _further("s_dpo", None, _RANDOM, num_trajectories=4),
+    "sprec": _further("s_dpo", None, _POLICY, num_trajectories=2, sft_weight=1.0),
+    "grpo": _further(
+        "grpo",
+        None,
+        {**_POLICY, "reward": {"fusion": "sum", "terms": {"interaction": {}, "similarity": {}}}},
+        num_trajectories=9,
+    ),
+    "item-kl": _further(
+        "item_kl",
+        "sasrec",
+        {
+            "reward": GFLOWGR["reward"],
+            "sampler": {"strategies": "collaborative", "schedule": "constant", "pool_size": 15},
+        },
+        num_trajectories=16,
+    ),
+    "gflowgr-tb": _paper(),
+    "gflowgr-db": _paper(objective="db"),
+    "gflowgr-vargrad": _paper(objective="vargrad", flows="exact"),
+    "gflowgr-subtb": _paper(objective="subtb"),
+    "gflowgr-flows": Row(
+        "decoder", merge(GFLOWGR, {"training": {"rollout_share": 0.0}}), teacher="sasrec", like="gflowgr"
+    ),
+    "gflowgr": Row("decoder", GFLOWGR, teacher="sasrec", grid=_GFLOWGR_GRID),
+    "gflowgr-tb-n1": _paper(num_trajectories=1),
+    "gflowgr-tb-n5": _paper(num_trajectories=5),
+    "gflowgr-tb-lambda0.02": _paper(gfn_weight=0.02),
+    "gflowgr-tb-lambda0.1": _paper(gfn_weight=0.1),
+    "gflowgr-tb-lambda10": _paper(gfn_weight=10.0),
+    "gflowgr-tb-no-interaction": _paper(without="interaction"),
+    "gflowgr-tb-no-collaborative": _paper(without="collaborative"),
+    "gflowgr-tb-no-similarity": _paper(without="similarity"),
+    "gflowgr-tb-random": _paper(sections={"sampler": {"strategies": "random", "schedule": "constant"}}),
+    "gflowgr-tb-weights": _paper(sections={"reward": {"fusion": "weights"}}),
+    "gflowgr-tb-mlp": _paper(sections={"reward": {"fusion": "mlp"}}),
+    "t5-sft": Row("t5", _SFT),
+    "t5-sft-continued": Row("further", _SFT, start="t5-sft"),
+    "t5-s-dpo": Row("further", _further("s_dpo", None, _RANDOM, num_trajectories=4).settings, start="t5-sft"),
+    "t5-gflowgr-tb": Row("further", _paper().settings, start="t5-sft", teacher="sasrec"),
+    "t5-gflowgr": Row("t5", GFLOWGR, teacher="sasrec"),
+}

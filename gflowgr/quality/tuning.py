@@ -1,0 +1,66 @@
+"""Chooses a row's settings on the validation part, on a log from which every test item is gone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from gflowgr import pipeline
+from gflowgr.bench.table import machine
+from gflowgr.folders import remove
+from gflowgr.quality.cells import Clock, Place, fit_scorer, settings_of
+from gflowgr.quality.data import DataSet
+from gflowgr.quality.grids import METRIC, nested, read_grid, write_grid
+from gflowgr.quality.rows import ROWS
+from gflowgr.settings import merge
+
+
+def try_point(
+    row_name: str, point: Mapping[str, Any], data_set: DataSet, seed: int, place: Place
+) -> dict[str, Any]:
+    """Trains a row with one point of its grid and measures it on the validation part.
+
+    The test items leave the log before anything else sees it, so that nothing chosen here can depend on them.
+    """
+    row = ROWS[row_name]
+    whole = data_set.load(place.data)
+    folder = replace(whole, log=whole.log.without_last())
+    settings = settings_of(row_name, data_set, seed, place)
+    settings = merge(merge(settings, {"split": {"held_out": 1}}), nested(point))
+    name = "-".join([row_name, *(f"{key}={value}" for key, value in point.items())])
+    partial = place.work / data_set.name / "tuning" / f"{name}-{seed}.partial"
+    if row.teacher is not None:
+        teacher = place.work / data_set.name / "tuning" / f"{row.teacher}-{seed}.safetensors"
+        if not teacher.is_file():
+            teacher.parent.mkdir(parents=True, exist_ok=True)
+            of_teacher = settings_of(row.teacher, data_set, seed, place)
+            fit_scorer(of_teacher, whole, seed).save(teacher)
+        settings["collaborative"] = {"path": str(teacher)}
+    clock = Clock(f"{data_set.name} {name}")
+    resume = any(partial.glob("checkpoint-*/trainer_state.json"))
+    if not resume:
+        remove(partial)
+    fitted = pipeline.fit(folder, settings, partial, resume=resume, callbacks=[clock])
+    metrics = fitted.trainer.rank(fitted.parts.validation).summary()
+    remove(partial)
+    return {
+        "settings": dict(point),
+        "seed": seed,
+        "validation": {name: round(value, 6) for name, value in metrics.items()},
+        "seconds": round(clock.seconds, 1),
+        "commit": machine(torch.device("cpu"))["commit"],
+    }
+
+
+def tune(row: str, data_set: DataSet, seed: int, place: Place) -> None:
+    """Tries every point of a row's grid that has not been tried, and writes each as it comes."""
+    tried = read_grid(row, data_set.name, place.results)
+    for point in ROWS[row].points():
+        if point not in [known["settings"] for known in tried]:
+            tried.append(try_point(row, point, data_set, seed, place))
+            write_grid(row, data_set.name, place.results, tried)
+            found = tried[-1]["validation"][METRIC]
+            print(f"{data_set.name} {row} {point}: validation {METRIC} {found:.4f}", flush=True)
