@@ -1,4 +1,4 @@
-"""Run by `accelerate launch` in a test: trains one objective with a batch a process and writes the losses of process 0."""
+"""Run by `accelerate launch` in a test: trains with a batch a process and writes the losses of process 0."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 import training_fixtures as fixtures
-
 
 OBJECTIVES = {
     "tb": {"flows": "learned", "sft_weight": 1.0},
