@@ -16,6 +16,7 @@ from gflowgr.backbones import GenerativeRecommender
 from gflowgr.collaborative import CollaborativeModel
 from gflowgr.config import GFlowGRConfig, check_keys
 from gflowgr.data import Examples, Histories, InteractionLog, Split, split
+from gflowgr.objectives import REWARDED
 from gflowgr.rewards import (
     CollaborativeReward,
     InteractionReward,
@@ -67,8 +68,8 @@ class Plan:
         contexts: "windows", "histories", or "auto": histories where model and objective allow them.
         model: "kind", and what that kind's builder takes; "lora" for adapters.
         collaborative: "model" and its options, or the "path" of a saved one; None if nothing asks for scores.
-        reward: "terms", each with its options, and what `RewardModel` takes; None for supervised fine-tuning.
-        sampler: what `TrajectorySampler` takes; None where no trajectory is drawn.
+        reward: "terms", each with its options, and what `RewardModel` takes; None where no loss reads it.
+        sampler: what `TrajectorySampler` takes; None where it draws nothing.
         training: the fields of `GFlowGRConfig`.
     """
 
@@ -90,7 +91,7 @@ class Plan:
         check_keys(settings, list(SECTIONS), "the settings")
         training = _training_settings(section(settings, "training"))
         config = GFlowGRConfig.from_mapping({"output_dir": os.devnull, **training})
-        gflownet = config.objective != "sft"
+        rewarded = config.objective in REWARDED
         reward = merge({"terms": {"collaborative": {}, "interaction": {}}}, section(settings, "reward"))
         if "terms" in section(settings, "reward"):
             reward["terms"] = section(settings["reward"], "terms")
@@ -102,10 +103,12 @@ class Plan:
         contexts = settings.get("contexts") or "auto"
         if contexts not in CONTEXTS:
             raise ValueError(f"contexts is {contexts!r}, needs one of {', '.join(CONTEXTS)}")
-        draws = gflownet and config.num_trajectories > 1
+        if config.objective == "grpo":
+            _check_group_sampler(sampler)
+        draws = config.objective not in ("sft", "grpo") and config.num_trajectories > 1
         strategies = sampler.get("strategies", "collaborative")
         wants_scores = (
-            (gflownet and "collaborative" in reward["terms"])
+            (rewarded and "collaborative" in reward["terms"])
             or (draws and "collaborative" in strategies)
             or config.rollout_share > 0
         )
@@ -116,7 +119,7 @@ class Plan:
             contexts=contexts,
             model=_checked_model(section(settings, "model")),
             collaborative=scorer if wants_scores else None,
-            reward=reward if gflownet else None,
+            reward=reward if rewarded else None,
             sampler=sampler if draws else None,
             training=training,
         )
@@ -257,6 +260,16 @@ def _check_reward(reward: dict[str, Any]) -> None:
     check_keys(terms, list(TERMS), "reward.terms")
     for name in terms:
         check_options(TERMS[name], section(terms, name), f"reward.terms.{name}", ("codes",))
+
+
+def _check_group_sampler(sampler: dict[str, Any]) -> None:
+    """GRPO's group comes from the policy and nowhere else, so a sampler has nothing to set."""
+    for key, value in sampler.items():
+        only_policy = value == "policy" or (isinstance(value, Mapping) and set(value) == {"policy"})
+        if key != "strategies" or not only_policy:
+            raise ValueError(
+                f"sampler.{key} is {value!r}, needs no sampler but strategies: policy for objective 'grpo'"
+            )
 
 
 def _checkpoint_of(folder: str | os.PathLike[str]) -> Path:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from transformers import TrainingArguments
 
-from gflowgr.objectives import FLOWS, OBJECTIVES
+from gflowgr.objectives import BASELINES, FLOWS, OBJECTIVES
 
 
 @dataclass
 class GFlowGRConfig(TrainingArguments):
     """`transformers.TrainingArguments` and what GFlowGR adds: `L = sft_weight * L_SFT + gfn_weight * L_GFN`.
+
+    A baseline takes the place of L_GFN: "s_dpo" (arXiv 2406.09215), "grpo" (arXiv 2402.03300) or "item_kl",
+    see `gflowgr.baselines`.
 
     The default is child flow matching with exact flows. Its reward, a mixture of distributions, already holds
     the observed item's share, so no SFT term stands beside it. The paper's form is `objective="tb"` with
@@ -24,7 +28,8 @@ class GFlowGRConfig(TrainingArguments):
     objective: str = field(
         default="flow_matching",
         metadata={
-            "help": f"The GFlowNet loss, or supervised fine-tuning alone: one of {', '.join(OBJECTIVES)}."
+            "help": "The GFlowNet loss, a baseline's, or supervised fine-tuning alone: one of "
+            f"{', '.join(OBJECTIVES)}."
         },
     )
     flows: str = field(
@@ -39,7 +44,7 @@ class GFlowGRConfig(TrainingArguments):
         default=0.0, metadata={"help": "Weight of the supervised loss on the observed item."}
     )
     gfn_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the GFlowNet loss (the paper's lambda)."}
+        default=1.0, metadata={"help": "Weight of the objective's loss (the paper's lambda)."}
     )
     num_trajectories: int = field(
         default=1, metadata={"help": "Trajectories a context, the observed item included (the paper's N)."}
@@ -53,6 +58,17 @@ class GFlowGRConfig(TrainingArguments):
     rollout_share: float = field(
         default=0.0,
         metadata={"help": "Share of a step's histories with a latter part drawn from the recommender."},
+    )
+    preference_beta: float = field(
+        default=0.1,
+        metadata={
+            "help": "How much a log-ratio to the reference counts in 's_dpo': .1 is usual for DPO, the "
+            "authors of S-DPO take 1."
+        },
+    )
+    kl_weight: float = field(
+        default=0.04,
+        metadata={"help": "Weight of 'grpo's KL to the policy as it was before training; .04 as published."},
     )
     eval_num_items: int = field(default=10, metadata={"help": "Length of the lists that evaluation ranks."})
     eval_num_beams: int = field(default=20, metadata={"help": "Beams of the evaluation's search."})
@@ -84,17 +100,22 @@ class GFlowGRConfig(TrainingArguments):
             raise ValueError(
                 f"flows is 'estimated', needs objective 'tb' or 'vargrad', not {self.objective!r}"
             )
-        if self.flows == "learned" and self.objective in ("flow_matching", "vargrad"):
+        if self.flows == "learned" and self.objective in ("flow_matching", "vargrad", *BASELINES):
             raise ValueError(
                 f"flows is 'learned', needs objective 'tb', 'db' or 'subtb', not {self.objective!r}"
             )
-        groups = self.objective == "vargrad" or (self.objective == "tb" and self.flows == "estimated")
-        at_least = 2 if groups else 1
+        groups = self.objective in ("vargrad", "s_dpo", "item_kl") or (
+            self.objective == "tb" and self.flows == "estimated"
+        )
+        # The observed item is no part of GRPO's group, and a group of one has no relative reward.
+        at_least = 3 if self.objective == "grpo" else 2 if groups else 1
         if self.num_trajectories < at_least:
             raise ValueError(f"num_trajectories is {self.num_trajectories}, needs at least {at_least} here")
-        for name in ("sft_weight", "gfn_weight"):
-            if getattr(self, name) < 0:
+        for name in ("sft_weight", "gfn_weight", "kl_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}, needs 0 or more")
+        if not 0 < self.preference_beta < math.inf:
+            raise ValueError(f"preference_beta is {self.preference_beta}, needs a number above 0")
 
         if not 0 <= self.rollout_share <= 1:
             raise ValueError(f"rollout_share is {self.rollout_share}, needs a number from 0 to 1")

@@ -14,7 +14,10 @@ from torch import Tensor
 from gflowgr import ops
 from gflowgr.trie import PrefixTrie
 
-OBJECTIVES = ("sft", "tb", "vargrad", "db", "subtb", "flow_matching")
+BALANCES = ("tb", "vargrad", "db", "subtb", "flow_matching")
+BASELINES = ("s_dpo", "grpo", "item_kl")
+OBJECTIVES = ("sft", *BALANCES, *BASELINES)
+REWARDED = (*BALANCES, "grpo", "item_kl")
 FLOWS = ("exact", "learned", "estimated")
 
 
@@ -29,6 +32,7 @@ class TrajectoryBatch:
         log_flows: (C, num_nodes), the rewards' flows in closed form.
         learned_log_flows: (C, K, L), of the state before each token, from a head; None unless flows are
             learned.
+        reference_logits: as `logits`, of the policy as it was before training; None where no loss asks.
     """
 
     logits: Tensor
@@ -36,11 +40,23 @@ class TrajectoryBatch:
     trie: PrefixTrie
     log_flows: Tensor | None = None
     learned_log_flows: Tensor | None = None
+    reference_logits: Tensor | None = None
 
     @cached_property
     def log_probs(self) -> Tensor:
         """log P_F of each token, (C, K, L); 0 on padding."""
         return ops.trie_token_log_probs(self.logits, self.tokens, self.trie)
+
+    @cached_property
+    def reference_log_probs(self) -> Tensor:
+        """log P_ref of each token, (C, K, L), normalised over the trie as `log_probs` are."""
+        assert self.reference_logits is not None
+        return ops.trie_token_log_probs(self.reference_logits, self.tokens, self.trie)
+
+    @cached_property
+    def log_ratios(self) -> Tensor:
+        """log P_F - log P_ref of each trajectory's item, (C, K)."""
+        return (self.log_probs - self.reference_log_probs).sum(-1)
 
     @cached_property
     def mask(self) -> Tensor:
@@ -66,6 +82,12 @@ class TrajectoryBatch:
     def log_rewards(self) -> Tensor:
         """log R of the item (or the colliding items) that each trajectory ends at, (C, K)."""
         return self.exact_log_flows[..., -1]
+
+    @cached_property
+    def repeated(self) -> Tensor:
+        """Whether an earlier trajectory of the context ends at the same leaf, (C, K)."""
+        ends = self.nodes.gather(-1, self.mask.sum(-1, keepdim=True)).squeeze(-1)
+        return (ends.unsqueeze(-1) == ends.unsqueeze(-2)).tril(-1).any(-1)
 
     def flows_along(self, flows: str) -> Tensor:
         """log F of the states of each trajectory, (C, K, L + 1), log R at its end."""
@@ -101,7 +123,7 @@ def gfn_loss(batch: TrajectoryBatch, objective: str, flows: str, subtb_lambda: f
         return ops.detailed_balance(batch.log_probs, log_flows, mask=batch.mask)
     if objective == "subtb":
         return ops.subtrajectory_balance(batch.log_probs, log_flows, lam=subtb_lambda, mask=batch.mask)
-    raise ValueError(f"objective is {objective!r}, needs one of {', '.join(OBJECTIVES[1:])}")
+    raise ValueError(f"objective is {objective!r}, needs one of {', '.join(BALANCES)}")
 
 
 @torch.no_grad()
@@ -113,7 +135,7 @@ def diagnostics(batch: TrajectoryBatch) -> dict[str, float]:
         residual = log_z.unsqueeze(-1) + batch.log_probs.sum(-1) - batch.log_rewards
         figures["log_z"] = float(log_z.mean())
         figures["residual"] = float(residual.square().mean())
-        found = torch.logsumexp(batch.log_rewards, -1) - log_z
+        found = torch.logsumexp(batch.log_rewards.masked_fill(batch.repeated, -torch.inf), -1) - log_z
         figures["reward_mass_found"] = float(found.exp().mean())
     if batch.learned_log_flows is not None:
         figures["learned_log_z"] = float(batch.learned_log_flows[..., 0].mean())

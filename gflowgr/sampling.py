@@ -23,8 +23,9 @@ STREAM_STRATEGY, STREAM_OBSERVED, STREAM_COLLABORATIVE, STREAM_RANDOM = range(4)
 class Draw:
     """The items of one batch's trajectories and where each came from.
 
-    `items` (B, K) int64, distinct within a row, column 0 the observed target; `strategy` (B, K) int8,
-    an index into `STRATEGIES` that names what filled the slot, not what was wished for.
+    `items` (B, K) int64, column 0 the observed target, distinct within a row where a sampler drew them;
+    `strategy` (B, K) int8, an index into `STRATEGIES` that names what filled the slot, not what was wished
+    for.
     """
 
     items: Tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
@@ -19,17 +20,21 @@ from transformers import Trainer, TrainerControl
 
 from gflowgr import generation, ops
 from gflowgr.backbones import GenerativeRecommender
+from gflowgr.baselines import baseline_diagnostics, baseline_loss
 from gflowgr.collaborative import CollaborativeModel
 from gflowgr.config import GFlowGRConfig
 from gflowgr.data import Examples, Histories, LikeLengths, collate
+from gflowgr.folders import write_text
 from gflowgr.metrics import Metrics, ranking_metrics
-from gflowgr.objectives import TrajectoryBatch, diagnostics, gfn_loss, sft_loss
+from gflowgr.objectives import BASELINES, REWARDED, TrajectoryBatch, diagnostics, gfn_loss, sft_loss
 from gflowgr.ops._random import random_bits
+from gflowgr.reference_policy import ReferencePolicy
 from gflowgr.rewards import RewardContext, RewardModel
 from gflowgr.rollouts import roll_out, roll_out_window
-from gflowgr.sampling import STRATEGIES, Draw, TrajectorySampler
+from gflowgr.sampling import POLICY, STRATEGIES, TARGET, Draw, TrajectorySampler
 
 _HEADS = "gflownet_heads.safetensors"
+_REFERENCE = "reference.json"
 # One purpose of a step's random numbers each.
 _POLICY_ITEMS, _ROLLOUTS = range(2)
 
@@ -42,7 +47,7 @@ class ContextBatch:
         history: (B, H) item ids of windows, or None.
         items: (B, W) item ids of whole histories, or None.
         trajectories: (C, K) item ids, column 0 the observed item.
-        rewards: what the reward model reads, C rows; None for supervised fine-tuning.
+        rewards: what the reward model reads, C rows; None without a reward model.
     """
 
     history: Tensor | None
@@ -54,7 +59,8 @@ class ContextBatch:
 class PolicyWithRewards(nn.Module):
     """Everything a step has parameters in, behind one forward: DDP and FSDP wrap it as it is.
 
-    Its forward takes a `ContextBatch` and gives the loss and what it was made of.
+    Its forward takes a `ContextBatch` and gives the loss and what it was made of. Where the objective
+    measures against a reference policy, that is a frozen copy of the recommender as it comes in here.
     """
 
     def __init__(
@@ -64,6 +70,7 @@ class PolicyWithRewards(nn.Module):
         self.recommender = recommender
         self.reward_model = reward_model
         self.objective, self.flows, self.subtb_lambda = args.objective, args.flows, args.subtb_lambda
+        self.preference_beta, self.kl_weight = args.preference_beta, args.kl_weight
         self.sft_weight = 1.0 if args.objective == "sft" else args.sft_weight
         self.gfn_weight = 0.0 if args.objective == "sft" else args.gfn_weight
         learned = args.flows == "learned" and args.objective != "sft"
@@ -71,7 +78,16 @@ class PolicyWithRewards(nn.Module):
         if self.flow_head is not None:
             nn.init.zeros_(self.flow_head.weight)
             nn.init.zeros_(self.flow_head.bias)
+        measures = args.objective == "s_dpo" or (args.objective == "grpo" and args.kl_weight > 0)
+        self.reference = ReferencePolicy(recommender) if measures and self.gfn_weight else None
         self.seconds: dict[str, float] = defaultdict(float)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PolicyWithRewards:
+        # `to`, `half` and their like end up here; the reference is no submodule and would stay behind.
+        if self.reference is not None:
+            self.reference.apply(fn)
+        super()._apply(fn, recurse)
+        return self
 
     @contextmanager
     def clock(self, name: str) -> Iterator[None]:
@@ -103,6 +119,10 @@ class PolicyWithRewards(nn.Module):
                 logits = policy.logits[:, 1:][is_target].unsqueeze(1)
                 hidden = policy.hidden[:, 1:][is_target].unsqueeze(1)
         batch = TrajectoryBatch(logits, tokens, trie)
+        if self.reference is not None:
+            assert contexts.history is not None
+            with self.clock("reference"):
+                batch.reference_logits = self.reference.logits(contexts.history, contexts.trajectories)
         terms: dict[str, Tensor] = {}
         if self.reward_model is not None and contexts.rewards is not None:
             with self.clock("reward"):
@@ -113,7 +133,7 @@ class PolicyWithRewards(nn.Module):
                 batch.learned_log_flows = self.flow_head(hidden).squeeze(-1).float()
         with self.clock("loss"):
             sft = sft_loss(batch) if self.sft_weight else None
-            gfn = gfn_loss(batch, self.objective, self.flows, self.subtb_lambda) if self.gfn_weight else None
+            gfn = self._objective_loss(batch) if self.gfn_weight else None
             loss = sum(
                 weight * part
                 for weight, part in ((self.sft_weight, sft), (self.gfn_weight, gfn))
@@ -121,20 +141,36 @@ class PolicyWithRewards(nn.Module):
             )
         return {"loss": loss, "sft_loss": sft, "gfn_loss": gfn, "batch": batch, "terms": terms}
 
+    def _objective_loss(self, batch: TrajectoryBatch) -> Tensor:
+        if self.objective in BASELINES:
+            return baseline_loss(
+                batch, self.objective, preference_beta=self.preference_beta, kl_weight=self.kl_weight
+            )
+        return gfn_loss(batch, self.objective, self.flows, self.subtb_lambda)
+
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes the recommender and, where there are any, the learned flows' and rewards' parameters."""
+        """Writes the recommender and, where there are any, the learned flows' and rewards' parameters.
+
+        Of a reference policy only the fingerprint: its weights are those that training began with.
+        """
         self.recommender.save_pretrained(folder)
         heads = self._head_state()
         if heads:
             save_file(heads, Path(folder) / _HEADS)
+        if self.reference is not None:
+            write_text(Path(folder) / _REFERENCE, json.dumps({"fingerprint": self.reference.fingerprint}))
 
     def load_weights(self, folder: str | os.PathLike[str]) -> None:
-        """Takes over what `save_pretrained` wrote; a checkpoint of another catalogue raises ValueError."""
+        """Takes over what `save_pretrained` wrote, and leaves the reference policy as it is.
+
+        A checkpoint of another catalogue, or one trained against another reference, raises ValueError.
+        """
         saved = GenerativeRecommender.load(folder)
         if saved.trie.fingerprint != self.recommender.trie.fingerprint:
             raise ValueError(
                 f"checkpoint {os.fspath(folder)!r} was trained on another trie than this catalogue's"
             )
+        self._check_reference(Path(folder))
         self.recommender.load_state_dict(saved.state_dict())
         wanted = self._head_state()
         if wanted:
@@ -144,6 +180,18 @@ class PolicyWithRewards(nn.Module):
                     f"checkpoint {os.fspath(folder)!r} has the heads {sorted(heads)}, needs {sorted(wanted)}"
                 )
             self.load_state_dict(heads, strict=False)
+
+    def _check_reference(self, folder: Path) -> None:
+        if self.reference is None:
+            return
+        path = folder / _REFERENCE
+        found = json.loads(path.read_text())["fingerprint"] if path.is_file() else "none"
+        if found != self.reference.fingerprint:
+            raise ValueError(
+                f"checkpoint {os.fspath(folder)!r} was trained against the reference policy {found}, "
+                f"the recommender given here was {self.reference.fingerprint}; "
+                "needs the recommender that training began with"
+            )
 
     def _head_state(self) -> dict[str, Tensor]:
         return {
@@ -156,14 +204,18 @@ class PolicyWithRewards(nn.Module):
 class GFlowGRTrainer(Trainer):
     """Trains a generative recommender with `L = sft_weight * L_SFT + gfn_weight * L_GFN` (arXiv 2506.16114).
 
+    With the objectives "s_dpo" and "grpo" the recommender as it is given here is the reference policy. To
+    resume such a run, build the trainer from that same recommender, not from the checkpoint's.
+
     Args:
         recommender: the policy; trained in place.
         args: the settings.
         train_dataset: `Examples` (one context a row, K trajectories of each), or `Histories` (decoder-only:
             every item of a history is a context with its observed item as the one trajectory, in one pass).
         eval_dataset: `Examples` to rank the whole catalogue for.
-        reward_model: needed unless the objective is "sft".
-        sampler: draws trajectories beside the observed item; needed where `args.num_trajectories` is above 1.
+        reward_model: needed unless the objective is "sft" or "s_dpo".
+        sampler: draws trajectories beside the observed item; needed where `args.num_trajectories` is above 1,
+            but for "grpo", whose group is drawn from the policy, each item independently of the others.
         collaborative: gives `scores(histories)` to the sampler and the reward model, where they use them.
         callbacks: of transformers.
 
@@ -232,7 +284,7 @@ class GFlowGRTrainer(Trainer):
         whole = "items" in inputs
         single = _contexts_of_histories(inputs, self.policy.recommender.history_length) if whole else inputs
         scores = self._scores(single["history"])
-        draw = None if whole or self.sampler is None else self._draw(single, scores)
+        draw = None if whole else self._draw(single, scores)
         return ContextBatch(
             history=None if whole else inputs["history"],
             items=inputs["items"] if whole else None,
@@ -258,8 +310,12 @@ class GFlowGRTrainer(Trainer):
             return None
         return self.collaborative.scores(history).to(history.device)
 
-    def _draw(self, inputs: dict[str, Tensor], scores: Tensor | None) -> Draw:
-        assert self.sampler is not None
+    def _draw(self, inputs: dict[str, Tensor], scores: Tensor | None) -> Draw | None:
+        assert isinstance(self.args, GFlowGRConfig)
+        if self.args.objective == "grpo":
+            return self._group(inputs)
+        if self.sampler is None:
+            return None
         return self.sampler.draw(
             step=self.state.global_step,
             total_steps=max(self.state.max_steps, 1),
@@ -270,6 +326,19 @@ class GFlowGRTrainer(Trainer):
             scores=scores,
             policy_items=self._policy_items(inputs["history"]),
         )
+
+    def _group(self, inputs: dict[str, Tensor]) -> Draw:
+        """GRPO's group: independent draws, which may repeat and may be the observed item.
+
+        Only so is its reward the policy's. The sampler's items are distinct and never the observed one, which
+        would hide from the policy each time that it is right.
+        """
+        assert isinstance(self.args, GFlowGRConfig)
+        drawn = self._policy_items(inputs["history"])(self.args.num_trajectories - 1)
+        strategy = torch.full((len(drawn), self.args.num_trajectories), POLICY, dtype=torch.int8)
+        strategy[:, 0] = TARGET
+        items = torch.cat([inputs["target"].unsqueeze(1), drawn], 1)
+        return Draw(items, strategy.to(items.device))
 
     def _policy_items(self, history: Tensor) -> Callable[[int], Tensor]:
         """The model's own items for the "policy" strategy, drawn by a seed of this step."""
@@ -304,7 +373,11 @@ class GFlowGRTrainer(Trainer):
             self._figures["off_history_share"].append(float((~seen).float().mean()))
             self._record_mass_found(outputs["batch"], draw)
         if (self.state.global_step + 1) % max(int(self.state.logging_steps), 1) == 0:
-            for name, figure in diagnostics(outputs["batch"]).items():
+            batch = outputs["batch"]
+            for name, figure in {
+                **diagnostics(batch),
+                **baseline_diagnostics(batch, self.policy.objective),
+            }.items():
                 self._figures[name].append(figure)
 
     def _record_mass_found(self, batch: TrajectoryBatch, draw: Draw) -> None:
@@ -467,14 +540,25 @@ def _check_parts(
     collaborative: CollaborativeModel | None,
 ) -> None:
     num_items = recommender.semantic_ids.num_items
-    if args.objective != "sft" and args.gfn_weight and reward_model is None:
+    if args.objective in REWARDED and args.gfn_weight and reward_model is None:
         raise ValueError(f"reward_model is None, needs a RewardModel for objective {args.objective!r}")
+    learned = reward_model is not None and next(reward_model.parameters(), None) is not None
+    if args.objective in BASELINES and learned:
+        raise ValueError(
+            f"reward_model has parameters to learn, needs none for objective {args.objective!r} (fusion "
+            "'mixture' or 'sum')"
+        )
     whole = isinstance(train_dataset, Histories)
     if whole and recommender.is_encoder_decoder:
         raise ValueError("train_dataset is Histories, needs Examples for an encoder-decoder model")
     if whole and args.num_trajectories > 1:
         raise ValueError(f"num_trajectories is {args.num_trajectories}, needs 1 with Histories")
-    if not whole and args.num_trajectories > 1 and sampler is None:
+    if args.objective == "grpo" and sampler is not None:
+        raise ValueError(
+            "sampler is a TrajectorySampler, needs to be None for objective 'grpo', which draws its group "
+            "from the policy"
+        )
+    if not whole and args.num_trajectories > 1 and sampler is None and args.objective != "grpo":
         raise ValueError(
             f"sampler is None, needs a TrajectorySampler for {args.num_trajectories} trajectories"
         )

@@ -10,13 +10,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 import training_fixtures as fixtures
 
+OBJECTIVES = {
+    "tb": {"flows": "learned", "sft_weight": 1.0},
+    "s_dpo": {"preference_beta": 1.0},
+}
 
-def main(folder: str, batch: int, output: str) -> None:
+
+def main(folder: str, batch: int, output: str, objective: str) -> None:
     run = fixtures.trainer(
         folder,
-        objective="tb",
-        flows="learned",
-        sft_weight=1.0,
+        objective=objective,
+        **OBJECTIVES[objective],
         num_trajectories=3,
         max_steps=6,
         per_device_train_batch_size=batch,
@@ -31,4 +35,4 @@ def main(folder: str, batch: int, output: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4])

@@ -135,6 +135,22 @@ def test_supervised_loss_reads_the_observed_item_only(setting) -> None:
     assert not logits.grad[:, 1:].any() and logits.grad[:, 0].any()
 
 
+def test_a_leaf_that_several_trajectories_reach_is_found_once(setting) -> None:
+    trie, rewards, tokens = setting
+    log_flows = ops.trie_log_flows(rewards, trie)
+    colliding = torch.tensor(_path(trie, int(trie.item_node[0]))).expand(CONTEXTS, 1, LEVELS)
+    tokens = torch.cat([colliding, tokens[:, 1:], tokens[:, 1:], colliding], 1)
+    batch = TrajectoryBatch(torch.zeros(*tokens.shape, CODES * LEVELS), tokens, trie, log_flows)
+    expected = 0.0
+    for context in range(CONTEXTS):
+        paths = [tuple(path) for path in tokens[context].tolist()]
+        assert batch.repeated[context].tolist() == [path in paths[:k] for k, path in enumerate(paths)]
+        items = [tuple(_path(trie, int(node))) for node in trie.item_node]
+        shares = rewards[context].softmax(-1)
+        expected += sum(float(shares[i]) for i, path in enumerate(items) if path in paths) / CONTEXTS
+    assert diagnostics(batch)["reward_mass_found"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_diagnostics_tell_the_policys_entropy_and_the_mass_found(setting) -> None:
     trie, rewards, tokens = setting
     log_flows = ops.trie_log_flows(rewards, trie)

@@ -422,6 +422,57 @@ def test_training_goes_on_from_a_run(prepared: Path, trained: pipeline.TrainedRu
     assert run.test.summary() == pytest.approx(trained.test.summary(), rel=1e-5, nan_ok=True)
 
 
+RULE_AND_SIMILARITY = ["reward.fusion=sum", "reward.terms={interaction: {}, similarity: {}}"]
+BASELINES = {
+    "s-dpo": ["training.objective=s_dpo", "training.num_trajectories=4", "sampler.strategies=random"],
+    "sprec": [
+        "training.objective=s_dpo",
+        "training.sft_weight=1",
+        "training.num_trajectories=2",
+        "sampler.strategies=policy",
+    ],
+    "grpo": ["training.objective=grpo", "training.num_trajectories=5", *RULE_AND_SIMILARITY],
+    "item-kl": ["training.objective=item_kl", "training.num_trajectories=5"],
+}
+
+
+@pytest.mark.parametrize("row", BASELINES)
+def test_baselines_go_on_from_a_run_by_settings_alone(
+    prepared: Path, trained: pipeline.TrainedRun, tmp_path: Path, row: str
+) -> None:
+    start = [f"model={{kind: checkpoint, folder: {trained.path}}}", "contexts=windows"]
+    settings = override(SMALL, [*start, *BASELINES[row], "training.max_steps=4", "training.eval_steps=2"])
+    whole = pipeline.train(prepared, tmp_path / "whole", settings)
+    with pytest.raises(RuntimeError, match="power cut"):
+        pipeline.train(prepared, tmp_path / "run", settings, callbacks=[StopAt(3)])
+    run = pipeline.train(prepared, tmp_path / "run", settings, resume=True)
+    losses = [[entry["loss"] for entry in r.history if "loss" in entry] for r in (whole, run)]
+    assert len(losses[0]) == 4 and losses[1] == pytest.approx(losses[0], rel=1e-5, abs=1e-6)
+    # Nobody asks for scores of another recommender, or they are there.
+    assert (run.path / pipeline.COLLABORATIVE).exists() == (row == "item-kl")
+    assert pipeline.evaluate(run.path).summary() == pytest.approx(run.test.summary(), rel=1e-5, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "serves"),
+    [
+        ({}, True),
+        ({"strategies": "policy"}, True),
+        ({"strategies": {"policy": 2.0}}, True),
+        ({"strategies": "collaborative"}, False),
+        ({"strategies": {"policy": 1.0, "random": 1.0}}, False),
+        ({"schedule": "constant"}, False),
+    ],
+)
+def test_a_group_is_the_policys_whatever_a_sampler_is_told(sampler: dict[str, Any], serves: bool) -> None:
+    settings = {"training": {"objective": "grpo", "num_trajectories": 3, "use_cpu": True}, "sampler": sampler}
+    if serves:
+        assert Plan.of(settings).sampler is None
+        return
+    with pytest.raises(ValueError, match=r"sampler\.(strategies|schedule) is .*'grpo'"):
+        Plan.of(settings)
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_configs_of_the_repository_hold_no_wrong_key(path: Path) -> None:
     settings = read_yaml(path)

@@ -35,6 +35,8 @@ SETTINGS = [
     {"objective": "subtb", "flows": "exact", "num_trajectories": 2},
     {"objective": "flow_matching"},
     {"objective": "flow_matching", "num_trajectories": 4},
+    {"objective": "s_dpo", "num_trajectories": 3},
+    {"objective": "item_kl", "num_trajectories": 4},
 ]
 
 
@@ -116,7 +118,17 @@ def test_what_is_logged(tmp_path) -> None:
     assert any(Path(tmp_path).rglob("events.out.tfevents*"))
 
 
-@pytest.mark.parametrize("settings", [SETTINGS[1], SETTINGS[7]], ids=["paper", "default"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        SETTINGS[1],
+        SETTINGS[7],
+        # Both measure against the policy before training, which the checkpoint's is no longer.
+        {"objective": "s_dpo", "num_trajectories": 3, "preference_beta": 1.0},
+        {"objective": "grpo", "num_trajectories": 4, "kl_weight": 1.0},
+    ],
+    ids=["paper", "default", "s_dpo", "grpo"],
+)
 def test_a_killed_run_resumes_to_the_same_losses(tmp_path, settings) -> None:
     whole = fixtures.trainer(tmp_path / "whole", max_steps=12, **settings)
     whole.train()
@@ -148,7 +160,8 @@ def test_recomputed_activations_change_no_loss(tmp_path, backbone) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_train_like_one_with_twice_the_batch(tmp_path) -> None:
+@pytest.mark.parametrize("objective", ["tb", "s_dpo"])
+def test_two_processes_train_like_one_with_twice_the_batch(tmp_path, objective) -> None:
     script = Path(__file__).parent / "distributed_training.py"
     curves = []
     for processes, batch in ((1, 16), (2, 8)):
@@ -162,7 +175,7 @@ def test_two_processes_train_like_one_with_twice_the_batch(tmp_path) -> None:
             f"--nproc_per_node={processes}",
         ]
         done = subprocess.run(
-            [*launch, str(script), str(tmp_path / str(processes)), str(batch), str(output)],
+            [*launch, str(script), str(tmp_path / str(processes)), str(batch), str(output), objective],
             capture_output=True,
             text=True,
             timeout=300,
@@ -249,6 +262,12 @@ def test_parts_that_do_not_fit_are_named(tmp_path, change, message) -> None:
         ({"objective": "db", "flows": "estimated"}, "flows is 'estimated', needs"),
         ({"objective": "vargrad", "num_trajectories": 1}, "num_trajectories is 1, needs at least 2"),
         ({"gfn_weight": -1.0}, "gfn_weight is -1.0, needs 0 or more"),
+        ({"kl_weight": math.nan}, "kl_weight is nan, needs 0 or more"),
+        ({"objective": "s_dpo", "num_trajectories": 1}, "num_trajectories is 1, needs at least 2"),
+        ({"objective": "item_kl", "num_trajectories": 1}, "num_trajectories is 1, needs at least 2"),
+        ({"objective": "grpo", "num_trajectories": 2}, "num_trajectories is 2, needs at least 3"),
+        ({"preference_beta": 0.0}, "preference_beta is 0.0, needs a number above 0"),
+        ({"objective": "s_dpo", "num_trajectories": 2, "flows": "learned"}, "flows is 'learned', needs"),
     ],
 )
 def test_settings_that_cannot_work_are_named(tmp_path, settings, message) -> None:

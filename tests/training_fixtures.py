@@ -12,6 +12,7 @@ from gflowgr.backbones import GenerativeRecommender, build_decoder, build_t5
 from gflowgr.collaborative import Popularity
 from gflowgr.config import GFlowGRConfig
 from gflowgr.data import InteractionLog, Split, split
+from gflowgr.objectives import REWARDED
 from gflowgr.rewards import CollaborativeReward, InteractionReward, RewardModel, SimilarityReward
 from gflowgr.sampling import TrajectorySampler
 from gflowgr.semantic_ids import SemanticIds
@@ -91,22 +92,25 @@ def trainer(
     backbone: str = "decoder",
     histories: bool = False,
     fusion: str = "mixture",
+    strategies: str = "collaborative",
+    recommender: GenerativeRecommender | None = None,
     **settings: Any,
 ) -> GFlowGRTrainer:
     data, semantic_ids = world()
     args = config(folder, **settings)
-    supervised = args.objective == "sft"
     sampler = None
-    if args.num_trajectories > 1:
-        sampler = TrajectorySampler(NUM_ITEMS, num_trajectories=args.num_trajectories, seed=args.seed)
+    if args.num_trajectories > 1 and args.objective != "grpo":
+        sampler = TrajectorySampler(
+            NUM_ITEMS, num_trajectories=args.num_trajectories, strategies=strategies, seed=args.seed
+        )
     return GFlowGRTrainer(
-        tiny(semantic_ids, backbone),
+        tiny(semantic_ids, backbone) if recommender is None else recommender,
         args,
         data.histories if histories else data.train,
         data.validation,
-        reward_model=None if supervised else rewards(semantic_ids, fusion),
+        reward_model=rewards(semantic_ids, fusion) if args.objective in REWARDED else None,
         sampler=sampler,
-        collaborative=None if supervised else Popularity.fit(data.sequences, NUM_ITEMS),
+        collaborative=None if args.objective == "sft" else Popularity.fit(data.sequences, NUM_ITEMS),
     )
 
 

@@ -21,9 +21,9 @@ from gflowgr.data import Examples, Split, split
 from gflowgr.folders import DataFolder, remove
 from gflowgr.metrics import Metrics, ranking_metrics
 from gflowgr.quality.data import DataSet
-from gflowgr.quality.results import Cell, save_users
-from gflowgr.quality.rows import ROWS, Row
 from gflowgr.quality.grids import chosen_settings, grid_of
+from gflowgr.quality.results import Cell, save_users
+from gflowgr.quality.rows import ROWS
 from gflowgr.settings import merge
 
 PLACES = 10
@@ -311,9 +311,8 @@ def _cell(
         test=measured.test.summary(),
         commit=where["commit"],
         device=where["cpu"] if where["device"] == "cpu" else where["device"],
-        versions={name: where[name] for name in ("gflowgr", "torch")} | {
-            "transformers": transformers.__version__
-        },
+        versions={name: where[name] for name in ("gflowgr", "torch")}
+        | {"transformers": transformers.__version__},
         validation_rank=measured.validation.rank.numpy().astype(np.uint8),
         test_rank=measured.test.rank.numpy().astype(np.uint8),
     )

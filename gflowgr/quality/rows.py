@@ -61,9 +61,7 @@ _TERMS: dict[str, dict[str, Any]] = {
 }
 
 
-def _paper(
-    *, without: str | None = None, sections: Mapping[str, Any] | None = None, **training: Any
-) -> Row:
+def _paper(*, without: str | None = None, sections: Mapping[str, Any] | None = None, **training: Any) -> Row:
     """GFlowGR as the paper has it (arXiv 2506.16114), but for what is given."""
     literal = {
         "reward": {
@@ -100,7 +98,12 @@ ROWS: dict[str, Row] = {
     "sft-continued": _further("sft"),
     "sft-smoothed": Row(
         "decoder",
-        {"reward": {"terms": {"interaction": {}, "uniform": {}}, "weights": {"interaction": 0.9, "uniform": 0.1}}},
+        {
+            "reward": {
+                "terms": {"interaction": {}, "uniform": {}},
+                "weights": {"interaction": 0.9, "uniform": 0.1},
+            }
+        },
         like="sft",
     ),
     "sft-rollouts": Row(
