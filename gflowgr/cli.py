@@ -25,14 +25,17 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; 0 if all went well, 2 after an error of the user's, 130 after an interrupt."""
+    """Runs the command.
+
+    Returns 0 if all went well, 1 if a command answers its question with no, 2 after an error of the user's,
+    130 after an interrupt.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if arguments[:1] == ["bench"]:
             return _bench(arguments[1:])
         parsed = build_parser().parse_args(arguments)
-        parsed.run(parsed)
-        return 0
+        return parsed.run(parsed) or 0
     except KeyboardInterrupt:
         print("gflowgr: interrupted", file=sys.stderr)
         return 130
@@ -65,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add_recommend,
         _add_trie,
         _add_bench,
+        _add_table,
         _add_doctor,
         _add_demo,
     ):
@@ -73,7 +77,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], None], summary: str, more: str, example: str
+    commands: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], int | None],
+    summary: str,
+    more: str,
+    example: str,
 ) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
@@ -471,6 +480,43 @@ def _bench(argv: Sequence[str]) -> int:
     from gflowgr import bench
 
     return bench.main(list(argv)) or 0
+
+
+def _add_table(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "table",
+        _table,
+        "print the table of methods made from the result files",
+        "For each data set every row that was run: metrics over seeds, differences to supervised fine-tuning "
+        "and to the teacher with 95 %% intervals, and budgets. The last line says whether gflowgr leads sft; "
+        "the exit status is 1 if it does not on any of the data sets, or was not run.",
+        "gflowgr table --dataset scientific beauty --markdown",
+    )
+    _add_results(parser)
+    parser.add_argument(
+        "--dataset", nargs="+", default=[], metavar="NAME", help="only these (all there are results of)"
+    )
+    parser.add_argument("--markdown", action="store_true", help="print markdown")
+
+
+def _table(arguments: argparse.Namespace) -> int:
+    from gflowgr.quality import table, table_text
+
+    tables = table.read_tables(arguments.results, arguments.dataset)
+    table_text.show(tables, as_markdown=arguments.markdown)
+    verdict = table.verdict(tables)
+    print(verdict.sentence)
+    return 0 if verdict.leads else 1
+
+
+def _add_results(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--results",
+        default="benchmarks/results/quality",
+        metavar="FOLDER",
+        help="the folder of result files (%(default)s)",
+    )
 
 
 def _add_doctor(commands: Any) -> None:

@@ -374,8 +374,8 @@ class SASRec(Recommender):
         With `validation` training stops when NDCG@10 has not risen for `patience` epochs and the best
         epoch's weights are kept; without it all `epochs` are run. Deterministic by `seed` on a CPU; the
         global random state is as before afterwards. `training_log` of the model holds the steps, loss (nats
-        a target) and NDCG@10 of each epoch. Raises ValueError for an empty log, ids outside the catalogue or bad settings,
-        FloatingPointError when the loss is no longer finite.
+        a target) and NDCG@10 of each epoch. Raises ValueError for an empty log, ids outside the catalogue or
+        bad settings, FloatingPointError when the loss is no longer finite.
         """
         offsets, items = _check_sequences(sequences, num_items)
         for name, value in (("batch_size", batch_size), ("epochs", epochs), ("patience", patience)):

@@ -25,6 +25,8 @@ class Metrics:
         per_user: float64 (num_users,) for each of "recall@k", "ndcg@k", "diversity@k" and "nll"; NaN where a
             metric is not defined for a user.
         overall: one number over all users for each of "coverage@k" and "gini@k".
+        rank: int64 (num_users,), the target's place in the list of a user, 1 for the first item, 0 where the
+            list does not hold it.
         seconds: that making the lists took; None where nobody measured it.
     """
 
@@ -32,6 +34,7 @@ class Metrics:
     num_items: int
     per_user: dict[str, Tensor]
     overall: dict[str, float]
+    rank: Tensor
     seconds: float | None = None
 
     def summary(self) -> dict[str, float]:
@@ -121,9 +124,9 @@ def ranking_metrics(
     if codes is not None and embeddings is not None:
         raise ValueError("give codes or embeddings to measure diversity by, got both")
 
-    ranks = torch.arange(1, recommended.shape[1] + 1)
+    places = torch.arange(1, recommended.shape[1] + 1)
     hit = recommended == target[:, None]
-    gains = hit / torch.log2(1 + ranks.double())
+    gains = hit / torch.log2(1 + places.double())
     per_user: dict[str, Tensor] = {}
     overall: dict[str, float] = {}
     for k in ks:
@@ -148,7 +151,7 @@ def ranking_metrics(
                 f"{int((~target_log_probs.isfinite()).sum())} of them not finite"
             )
         per_user["nll"] = -target_log_probs.detach().cpu().double()
-    return Metrics(len(target), num_items, per_user, overall)
+    return Metrics(len(target), num_items, per_user, overall, (hit * places).sum(dim=1))
 
 
 def bootstrap_interval(

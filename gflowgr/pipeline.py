@@ -29,6 +29,7 @@ from gflowgr.folders import (
     write_text,
     written,
 )
+from gflowgr.quality.run_users import METRICS, save_run_users
 from gflowgr.semantic_ids import (
     SemanticIds,
     count_collisions,
@@ -53,7 +54,6 @@ CHECKPOINT = "checkpoint"
 SETTINGS = "config.yaml"
 COLLABORATIVE = "collaborative.safetensors"
 LOG = "log.json"
-METRICS = "metrics.json"
 
 # Settings of a trainer that neither trains nor saves, so that nothing of what that needs has to be there.
 _ONLY_RANKING = {
@@ -332,7 +332,7 @@ def train(
 
     Args:
         data: a folder that `prepare` and `tokenize` made.
-        output: the folder to make: checkpoint, config.yaml, log.json, metrics.json, items.parquet.
+        output: the folder to make: checkpoint, config.yaml, log.json, metrics.json, users.npz, items.parquet.
         settings: sections as in `gflowgr.assembly.Plan`; nothing for the defaults.
         resume: whether to go on with a run that was interrupted.
         overwrite: whether a run that is there, whole or interrupted, may be replaced.
@@ -361,7 +361,7 @@ def train(
         fitted.collaborative_seconds,
     )
     if fitted.trainer.is_world_process_zero():
-        _finish(partial, run, folder.items)
+        _finish(partial, run, folder.items, fitted.parts)
     return run
 
 
@@ -485,7 +485,7 @@ def _fit_collaborative(plan: Plan, parts: Split, seed: int, path: Path) -> Colla
     return model
 
 
-def _finish(partial: Path, run: TrainedRun, items: Items) -> None:
+def _finish(partial: Path, run: TrainedRun, items: Items, parts: Split) -> None:
     run.recommender.save_pretrained(partial / CHECKPOINT)
     items.save(partial / ITEMS)
     write_text(partial / LOG, json.dumps(run.history, indent=1))
@@ -495,6 +495,7 @@ def _finish(partial: Path, run: TrainedRun, items: Items) -> None:
         "seconds": {"training": run.seconds, "collaborative": run.collaborative_seconds},
     }
     write_text(partial / METRICS, json.dumps(metrics, indent=1))
+    save_run_users(partial, parts, run.validation, run.test)
     for checkpoint in _checkpoints(partial):
         remove(checkpoint)
     put_in_place(partial, run.path)

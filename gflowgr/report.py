@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,70 +10,30 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from gflowgr.folders import write_text
+from gflowgr.page import (
+    ACCENT,
+    COLOURS,
+    GREY,
+    NONE,
+    PLAIN,
+    TO,
+    blank_axes,
+    brief,
+    definitions,
+    embed,
+    listed,
+    metric_name,
+    name_rows,
+    number,
+    page,
+    percent,
+    signed,
+)
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-ACCENT, PLAIN, GREY = "#b4460f", "#46607e", "#8a8f98"
-COLOURS = ("#b4460f", "#1f5f99", "#2f7d4f", "#8250a8", "#a07b00", "#4d4d4d")
-NONE = TO = "\N{EN DASH}"
 LOWER_IS_BETTER = ("gini", "nll")
-STYLE = """
-:root { color-scheme: light; --ink: #1d2126; --soft: #59616b; --line: #dde1e6; --accent: #b4460f; }
-* { box-sizing: border-box; }
-html { background: #f4f5f7; -webkit-text-size-adjust: 100%; }
-body { margin: 0 auto; max-width: 1180px; padding: 2rem 1.25rem 4rem; color: var(--ink);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
-h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .25rem; letter-spacing: -.01em; }
-h2 { font-size: 1.2rem; margin: 0 0 .75rem; }
-h3 { font-size: 1rem; margin: 0 0 .5rem; }
-p { margin: 0 0 .75rem; max-width: 75ch; }
-.facts, figcaption, caption, .soft { color: var(--soft); font-size: .9rem; }
-section { background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: 1.25rem 1.4rem;
-  margin-top: 1.25rem; }
-.verdict { border-left: 5px solid var(--accent); }
-.verdict p:first-child { font-size: 1.2rem; line-height: 1.4; font-weight: 600; }
-.verdict p:last-child { margin-bottom: 0; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .85rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; padding-bottom: .6rem; }
-caption span { display: block; max-width: min(75ch, calc(100vw - 4.2rem)); position: sticky; left: 0; }
-section > figure:last-child { margin: 0; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr));
-  gap: 0 1.25rem; }
-th, td { padding: .45rem .5rem; border-bottom: 1px solid var(--line); text-align: right;
-  vertical-align: top; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-thead th { white-space: normal; vertical-align: bottom; border-bottom: 2px solid #b9c0c9; font-weight: 600; }
-tbody th { font-weight: 500; background: #fff; position: sticky; left: 0; }
-tbody tr.subject th, tbody tr.subject td { background: #fdf4ee; }
-td small { display: block; color: var(--soft); font-size: .72rem; font-weight: 400; }
-td.best { font-weight: 700; }
-figure { margin: 0 0 1rem; }
-figure img { max-width: 100%; height: auto; display: block; }
-figcaption { max-width: 75ch; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 430px), 1fr));
-  gap: 1.25rem; }
-article { border-top: 1px solid var(--line); padding-top: 1rem; margin-top: 1rem; }
-.lists { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 225px), 1fr)); gap: 1rem; }
-.lists h4 { margin: 0 0 .3rem; font-size: .9rem; }
-ol, ul { margin: 0; padding-left: 1.4rem; }
-.lists li { font-size: .9rem; line-height: 1.35; margin-bottom: .3rem; }
-.lists li small { color: var(--soft); display: block; }
-.hit { background: #dff2e1; border-radius: 4px; padding: 0 .3rem; margin-left: -.3rem; font-weight: 600; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1rem; margin: 0; font-size: .9rem; }
-dt { font-weight: 600; } dd { margin: 0; overflow-wrap: anywhere; }
-details { margin-top: .75rem; }
-summary { cursor: pointer; font-weight: 600; }
-@media (max-width: 560px) {
-  body { padding: 1.1rem .75rem 3rem; }
-  section { padding: 1rem .9rem; }
-  h1 { font-size: 1.4rem; }
-  tbody th { white-space: normal; min-width: 8.5rem; }
-  dl { grid-template-columns: 1fr; } dd { margin-bottom: .4rem; }
-}
-"""
 
 
 @dataclass(frozen=True)
@@ -224,35 +181,35 @@ def verdict(report: Report) -> list[str]:
 
 def _lead(report: Report) -> str:
     best = max(report.comparisons, key=lambda comparison: -comparison.mean)
-    subject = _number(report.row(report.subject).metrics[report.metric].value)
-    other = _number(report.row(best.other).metrics[report.metric].value)
-    metric, interval = _metric_name(report.metric), _interval(report, best)
+    subject = number(report.row(report.subject).metrics[report.metric].value)
+    other = number(report.row(best.other).metrics[report.metric].value)
+    metric, interval = metric_name(report.metric), _interval(report, best)
     if best.low > 0 and all(comparison.low > 0 for comparison in report.comparisons):
         return (
             f"{report.subject} leads: its {metric} of {subject} is above that of every other model, by "
-            f"{_signed(best.mean)} over the next best, {best.other} ({interval})."
+            f"{signed(best.mean)} over the next best, {best.other} ({interval})."
         )
     if best.mean > 0:
         unsure = [comparison.other for comparison in report.comparisons if comparison.low <= 0]
         return (
             f"{report.subject} has the highest {metric}, {subject}, but is not safely ahead of "
-            f"{_listed(unsure)}: the difference to {best.other} is {_signed(best.mean)} ({interval})."
+            f"{listed(unsure)}: the difference to {best.other} is {signed(best.mean)} ({interval})."
         )
     if best.high < 0:
         return (
             f"{report.subject} does not lead: {best.other} has the higher {metric}, {other} against "
-            f"{subject}, a difference of {_signed(best.mean)} ({interval})."
+            f"{subject}, a difference of {signed(best.mean)} ({interval})."
         )
     return (
         f"{report.subject} does not lead: {best.other} has {metric} {other} against {subject}; the "
-        f"difference, {_signed(best.mean)} ({interval}), is within chance."
+        f"difference, {signed(best.mean)} ({interval}), is within chance."
     )
 
 
 def _gain(report: Report) -> str:
     control = next(c for c in report.comparisons if c.other == report.control)
     base = report.row(report.control).metrics[report.metric].value
-    percent = f", {control.mean / base:+.0%}".replace("-", "\N{MINUS SIGN}") if base else ""
+    share = f", {control.mean / base:+.0%}".replace("-", "\N{MINUS SIGN}") if base else ""
     what = f"Over {report.control}, which had the same budget, it "
     if control.low > 0:
         what += "gains"
@@ -260,19 +217,13 @@ def _gain(report: Report) -> str:
         what += "loses"
     else:
         what += "shows no sure difference:"
-    gain = f"{_signed(control.mean)} {_metric_name(report.metric)}{percent}"
+    gain = f"{signed(control.mean)} {metric_name(report.metric)}{share}"
     return f"{what} {gain} ({_interval(report, control)})."
 
 
 def render(report: Report) -> str:
     """The page as one string of HTML."""
-    title = escape(report.title)
-    parts = [
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        '<link rel="icon" href="data:,">',
-        f"<style>{STYLE}</style>\n</head>\n<body>",
-        f'<header><h1>{title}</h1><p class="facts">{escape(report.facts)}</p></header>\n<main>',
+    sections = [
         _verdict_section(report),
         _results_section(report),
         _charts_section(report),
@@ -280,9 +231,8 @@ def render(report: Report) -> str:
         _examples_section(report),
         _reading_section(report),
         _settings_section(report),
-        "</main>\n</body>\n</html>\n",
     ]
-    return "\n".join(part for part in parts if part)
+    return page(report.title, report.facts, sections)
 
 
 def _verdict_section(report: Report) -> str:
@@ -326,8 +276,8 @@ def _headline_metrics(report: Report, names: Sequence[str]) -> list[str]:
 
 def _whisker_figure(report: Report, name: str) -> str:
     estimates = {row.name: row.metrics[name] for row in report.rows if name in row.metrics}
-    metric = _metric_name(name)
-    return _figure(
+    metric = metric_name(name)
+    return embed(
         _whiskers(estimates, report.subject, metric),
         f"{metric} of each model with its interval",
         f"{metric} on the test users; the line is the {report.level:.0%} bootstrap interval.",
@@ -343,9 +293,9 @@ def _metric_cell(report: Report, row: Row, name: str) -> str:
     best = min(values) if _lower_is_better(name) else max(values)
     small = ""
     if estimate.low is not None and estimate.high is not None:
-        small = f"<small>{_brief(estimate.low)}{TO}{_brief(estimate.high)}</small>"
+        small = f"<small>{brief(estimate.low)}{TO}{brief(estimate.high)}</small>"
     marked = ' class="best"' if estimate.value == best else ""
-    return f"<td{marked}>{_number(estimate.value)}{small}</td>"
+    return f"<td{marked}>{number(estimate.value)}{small}</td>"
 
 
 def _charts_section(report: Report) -> str:
@@ -353,7 +303,7 @@ def _charts_section(report: Report) -> str:
         return ""
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(_drawn_models(report))}
     figures = "".join(
-        _figure(_lines(chart, colours), f"{chart.y_label} over {chart.x_label}", chart.title)
+        embed(_lines(chart, colours), f"{chart.y_label} over {chart.x_label}", chart.title)
         for chart in report.charts
     )
     return f'<section><h2>Training</h2><div class="plots">{figures}</div></section>'
@@ -367,8 +317,8 @@ def _drawn_models(report: Report) -> list[str]:
 def _mass_section(report: Report) -> str:
     if not report.mass:
         return ""
-    values = ", ".join(f"{name} {_percent(estimate.value)}" for name, estimate in report.mass.items())
-    figure = _figure(_bars(report.mass), f"Reward mass found by each strategy: {values}", report.mass_note)
+    values = ", ".join(f"{name} {percent(estimate.value)}" for name, estimate in report.mass.items())
+    figure = embed(_bars(report.mass), f"Reward mass found by each strategy: {values}", report.mass_note)
     return f"<section><h2>Reward mass found by each sampler</h2>{figure}</section>"
 
 
@@ -408,11 +358,11 @@ def _time_section(report: Report) -> str:
     if not report.time_shares:
         return ""
     words = "; ".join(
-        f"{name}: " + ", ".join(f"{part} {_percent(share)}" for part, share in shares.items())
+        f"{name}: " + ", ".join(f"{part} {percent(share)}" for part, share in shares.items())
         for name, shares in report.time_shares.items()
     )
     caption = "Share of a training step's time, evaluations left out."
-    figure = _figure(_stacked(report.time_shares), f"Time shares. {words}", caption)
+    figure = embed(_stacked(report.time_shares), f"Time shares. {words}", caption)
     return f"<section><h2>Where the time goes</h2>{figure}</section>"
 
 
@@ -424,72 +374,29 @@ def _reading_section(report: Report) -> str:
 def _settings_section(report: Report) -> str:
     groups = {**report.settings, "Versions": report.versions}
     blocks = "".join(
-        f"<details><summary>{escape(name)}</summary><dl>{_definitions(values)}</dl></details>"
+        f"<details><summary>{escape(name)}</summary><dl>{definitions(values)}</dl></details>"
         for name, values in groups.items()
     )
     return f"<section><h2>Settings and versions</h2>{blocks}</section>"
 
 
-def _definitions(values: Mapping[str, Any]) -> str:
-    return "".join(
-        f"<dt>{escape(str(key))}</dt><dd>{escape(str(value))}</dd>" for key, value in values.items()
-    )
-
-
-def _figure(figure: Figure, alt: str, caption: str) -> str:
-    import matplotlib
-
-    stream = io.BytesIO()
-    # Without a date and with a salt of ours, the same numbers give the same file.
-    with matplotlib.rc_context({"svg.hashsalt": "gflowgr"}):
-        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
-    data = base64.b64encode(stream.getvalue()).decode()
-    width, height = (round(inches * 96) for inches in figure.get_size_inches())
-    return (
-        f'<figure><img src="data:image/svg+xml;base64,{data}" width="{width}" height="{height}" '
-        f'alt="{escape(alt, quote=True)}"><figcaption>{escape(caption)}</figcaption></figure>'
-    )
-
-
-def _axes(width: float, height: float) -> tuple[Figure, Axes]:
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasSVG(figure)
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#b9c0c9")
-    axes.tick_params(colors="#59616b", labelsize=9, length=3)
-    axes.xaxis.label.set(color="#59616b", size=9)
-    axes.yaxis.label.set(color="#59616b", size=9)
-    return figure, axes
-
-
 def _whiskers(estimates: Mapping[str, Estimate], subject: str, metric: str) -> Figure:
-    figure, axes = _axes(4.9, 0.7 + 0.3 * len(estimates))
+    figure, axes = blank_axes(4.9, 0.7 + 0.3 * len(estimates))
     for place, (name, estimate) in enumerate(estimates.items()):
         colour = ACCENT if name == subject else PLAIN
         if estimate.low is not None and estimate.high is not None:
             axes.plot([estimate.low, estimate.high], [place, place], color=colour, linewidth=2, alpha=0.55)
         if estimate.value is not None:
             axes.plot([estimate.value], [place], "o", color=colour, markersize=6)
-    _name_rows(axes, list(estimates))
+    name_rows(axes, list(estimates))
     axes.set_xlim(left=0)
     axes.grid(axis="x", color="#eceef1")
     axes.set_xlabel(metric)
     return figure
 
 
-def _name_rows(axes: Axes, names: Sequence[str]) -> None:
-    axes.set_yticks(range(len(names)), names, color="#1d2126")
-    axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.tick_params(axis="y", length=0)
-    axes.set_axisbelow(True)
-
-
 def _lines(chart: Chart, colours: Mapping[str, str]) -> Figure:
-    figure, axes = _axes(4.9, 3.4)
+    figure, axes = blank_axes(4.9, 3.4)
     for name in colours:
         if name in chart.lines:
             x, y = zip(*chart.lines[name], strict=True)
@@ -504,7 +411,7 @@ def _lines(chart: Chart, colours: Mapping[str, str]) -> Figure:
 
 
 def _bars(mass: Mapping[str, Estimate]) -> Figure:
-    figure, axes = _axes(4.9, 0.7 + 0.3 * len(mass))
+    figure, axes = blank_axes(4.9, 0.7 + 0.3 * len(mass))
     widest = max(estimate.value or 0.0 for estimate in mass.values()) or 1.0
     for place, estimate in enumerate(mass.values()):
         value = estimate.value or 0.0
@@ -512,8 +419,8 @@ def _bars(mass: Mapping[str, Estimate]) -> Figure:
         end = value if estimate.high is None else estimate.high
         if estimate.low is not None and estimate.high is not None:
             axes.plot([estimate.low, estimate.high], [place, place], color="#1d2126", linewidth=1)
-        axes.text(end + widest * 0.015, place, _percent(value), va="center", fontsize=9, color="#1d2126")
-    _name_rows(axes, list(mass))
+        axes.text(end + widest * 0.015, place, percent(value), va="center", fontsize=9, color="#1d2126")
+    name_rows(axes, list(mass))
     axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
     axes.grid(axis="x", color="#eceef1")
     axes.set_xlabel("share of the context's reward")
@@ -521,14 +428,14 @@ def _bars(mass: Mapping[str, Estimate]) -> Figure:
 
 
 def _stacked(shares: Mapping[str, Mapping[str, float]]) -> Figure:
-    figure, axes = _axes(4.9, 1.3 + 0.32 * len(shares))
+    figure, axes = blank_axes(4.9, 1.3 + 0.32 * len(shares))
     parts = list(dict.fromkeys(part for row in shares.values() for part in row))
     left = dict.fromkeys(shares, 0.0)
     for colour, part in zip((PLAIN, "#7fa3c7", ACCENT, "#e3a57f", "#c9ced6", GREY), parts, strict=False):
         widths = [row.get(part, 0.0) for row in shares.values()]
         axes.barh(range(len(shares)), widths, left=list(left.values()), color=colour, height=0.62, label=part)
         left = {name: left[name] + width for name, width in zip(left, widths, strict=True)}
-    _name_rows(axes, list(shares))
+    name_rows(axes, list(shares))
     axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
@@ -536,18 +443,12 @@ def _stacked(shares: Mapping[str, Mapping[str, float]]) -> Figure:
 
 
 def _interval(report: Report, comparison: Comparison) -> str:
-    return f"{report.level:.0%} interval {_signed(comparison.low)} to {_signed(comparison.high)}"
-
-
-def _metric_name(name: str) -> str:
-    upper = {"ndcg": "NDCG", "nll": "NLL"}
-    word, at, k = name.partition("@")
-    return upper.get(word, word.capitalize()) + at + k
+    return f"{report.level:.0%} interval {signed(comparison.low)} to {signed(comparison.high)}"
 
 
 def _metric_heading(name: str) -> str:
     """The name, which may break before its cut-off."""
-    return escape(_metric_name(name)).replace("@", "<wbr>@")
+    return escape(metric_name(name)).replace("@", "<wbr>@")
 
 
 def _lower_is_better(name: str) -> bool:
@@ -558,31 +459,3 @@ def _arrow(name: str) -> str:
     if _lower_is_better(name):
         return '<span title="lower is better">↓</span>'
     return '<span title="higher is better">↑</span>'
-
-
-def _number(value: float | None) -> str:
-    if value is None or not math.isfinite(value):
-        return NONE
-    if abs(value) >= 2:
-        return f"{value:.2f}"
-    return f"{value:.4f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.3f}"
-
-
-def _brief(value: float) -> str:
-    if abs(value) >= 2:
-        return f"{value:.2f}"
-    return f"{value:.3f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.2f}"
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.4f}".replace("0.", ".", 1).replace("-", "\N{MINUS SIGN}")
-
-
-def _percent(value: float | None) -> str:
-    if value is None:
-        return NONE
-    return f"{value:.0%}" if value >= 0.1 or value == 0 else f"{value:.1%}"
-
-
-def _listed(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

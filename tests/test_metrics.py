@@ -74,6 +74,8 @@ class TestRankingMetrics:
         lists, targets, num_items = ranking
         ks = range(1, lists.shape[1] + 1)
         got = ranking_metrics(lists, targets, ks, num_items=num_items)
+        found = zip(lists.tolist(), targets.tolist(), strict=True)
+        assert got.rank.tolist() == [row.index(item) + 1 if item in row else 0 for row, item in found]
         for k in ks:
             want = expected_metrics(lists.tolist(), targets.tolist(), k, num_items)
             for name in ("recall", "ndcg"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from gflowgr.backbones import GenerativeRecommender
 from gflowgr.collaborative import SASRec, SASRecNetwork
 from gflowgr.folders import DataFolder, Items
 from gflowgr.generation import score_all
+from gflowgr.quality.run_users import load_run_users
 from gflowgr.settings import merge, override, read_yaml, to_yaml
 from gflowgr.shared_prefixes import SharedPrefixes
 from gflowgr.trie import PrefixTrie
@@ -231,6 +233,7 @@ def test_a_run_is_whole_and_its_numbers_can_be_had_again(trained: pipeline.Train
         "items.parquet",
         "log.json",
         "metrics.json",
+        "users.npz",
     }
     assert not list(trained.path.glob("checkpoint-*"))
     assert not list(trained.path.parent.glob("run.partial"))
@@ -241,6 +244,45 @@ def test_a_run_is_whole_and_its_numbers_can_be_had_again(trained: pipeline.Train
     assert json.loads((trained.path.parent / "again.json").read_text())["part"] == "test"
     validation = pipeline.evaluate(trained.path, part="validation")
     assert validation.summary() == pytest.approx(trained.validation.summary(), rel=1e-5, nan_ok=True)
+
+
+def test_a_run_keeps_what_it_reached_for_each_user(trained: pipeline.TrainedRun, prepared: Path) -> None:
+    kept = load_run_users(trained.path)
+    assert (kept.places, kept.num_items) == (10, NUM_ITEMS)
+    for part, rank in (("validation", kept.validation_rank), ("test", kept.test_rank)):
+        measured = getattr(trained, part)
+        assert rank.dtype == np.uint8
+        assert rank.tolist() == measured.rank.tolist()
+        gains = [1 / math.log2(1 + place) if place else 0.0 for place in rank.tolist()]
+        assert gains == pytest.approx(measured.per_user["ndcg@10"].tolist())
+    log = DataFolder.load(prepared).log
+    by_user = [log.item[log.user == user] for user in range(log.num_users)]
+    training = np.concatenate([items[:-2] for items in by_user]).tolist()
+    assert kept.users.history_length.tolist() == [min(6, len(items) - 1) for items in by_user]
+    assert kept.users.target_popularity.tolist() == [training.count(items[-1]) for items in by_user]
+
+
+def test_users_of_another_run_are_refused(trained: pipeline.TrainedRun, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained.path, run)
+    with np.load(run / "users.npz") as stored:
+        arrays = dict(stored)
+    for change, message in (
+        ({"test_rank": np.roll(arrays["test_rank"], 1) // 2}, "the ranks give"),
+        ({"test_rank": arrays["test_rank"][1:]}, "the ranks give|40 users, test_rank 39"),
+        (
+            {"validation_rank": arrays["test_rank"].astype(np.float32)},
+            "validation_rank needs uint8 or uint16",
+        ),
+        ({"more": arrays["test_rank"]}, "needs the arrays"),
+    ):
+        np.savez(run / "users.npz", **{**arrays, **change})
+        with pytest.raises(ValueError, match=f"users.npz.*({message})"):
+            load_run_users(run)
+    np.savez(run / "users.npz", **arrays)
+    (run / "metrics.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"metrics\.json: not the metrics of a run"):
+        load_run_users(run)
 
 
 def test_the_best_checkpoint_on_validation_is_kept(trained: pipeline.TrainedRun) -> None:

@@ -148,7 +148,7 @@ def catalogue_figure(results: Iterable[Result]) -> Figure | None:
 
 def _colours() -> tuple[str, ...]:
     """That of gflowgr, then those of others."""
-    from gflowgr.report import COLOURS, GREY
+    from gflowgr.page import COLOURS, GREY
 
     return (*COLOURS, GREY, "#c2185b")
 

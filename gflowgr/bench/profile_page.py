@@ -8,7 +8,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from gflowgr.bench.table import size
-from gflowgr.report import ACCENT, COLOURS, STYLE
+from gflowgr.page import ACCENT, COLOURS, page
 
 if TYPE_CHECKING:
     from gflowgr.bench.profiling import Comparison, Profiled, Span
@@ -33,28 +33,21 @@ svg .axis { stroke: #b9c0c9; } svg .grid { stroke: #eceef1; }
 def render(comparison: Comparison) -> str:
     """The page as one string of HTML."""
     job = comparison.job
-    title = escape(f"{job.case.op} beside its definition")
     dtype = str(job.dtype).removeprefix("torch.")
     facts = (
         f"Configuration {job.configuration.label} ({job.configuration.about}), {dtype}, "
         f"{comparison.direction}, backend {job.backend}, {comparison.where['device']}, "
         f"{comparison.threads} thread{'s' if comparison.threads > 1 else ''}"
     )
-    parts = [
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        '<link rel="icon" href="data:,">',
-        f"<style>{STYLE}{EXTRA_STYLE}</style>\n</head>\n<body>",
-        f'<header><h1>{title}</h1><p class="facts">{escape(facts)}</p></header>\n<main>',
+    sections = [
         _verdict(comparison),
         _measured(comparison),
         _timelines(comparison),
         _memory(comparison),
         _tables(comparison),
         _reading(comparison),
-        "</main>\n</body>\n</html>\n",
     ]
-    return "\n".join(parts)
+    return page(f"{job.case.op} beside its definition", facts, sections, EXTRA_STYLE)
 
 
 def _verdict(comparison: Comparison) -> str:

@@ -148,7 +148,8 @@ def _run_scorer(
     log = getattr(model, "training_log", [])
     return _Measured(
         parts,
-        *(_rank_scores(model, getattr(parts, part), folder) for part in ("validation", "test")),
+        _rank_scores(model, parts.validation, folder),
+        _rank_scores(model, parts.test, folder),
         steps=round(sum(entry["steps"] for entry in log)),
         contexts=len(log) * len(parts.sequences.items),
         seconds=seconds,
@@ -246,10 +247,8 @@ def _run_ensemble(
     parts = split(folder.log, max_history=MAX_HISTORY)
     return _Measured(
         parts,
-        *(
-            _rank_mixture(recommender, scorer, getattr(parts, part), folder)
-            for part in ("validation", "test")
-        ),
+        _rank_mixture(recommender, scorer, parts.validation, folder),
+        _rank_mixture(recommender, scorer, parts.test, folder),
     )
 
 

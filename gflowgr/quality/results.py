@@ -128,7 +128,7 @@ class Cell:
             document[part] = {name: _defined(value) for name, value in document[part].items()}
         text = json.dumps(document, indent=1, allow_nan=False, default=dict) + "\n"
         path.unlink(missing_ok=True)
-        _save_arrays(path.with_suffix(".npz"), {name: getattr(self, name) for name in _RANKS})
+        save_arrays(path.with_suffix(".npz"), {name: getattr(self, name) for name in _RANKS})
         write_text(path, text)
         return path
 
@@ -224,10 +224,10 @@ def save_users(folder: PathLike, history_length: Any, target_popularity: Any) ->
         ValueError: arrays that are no whole numbers below 2**31 or not of the same users.
     """
     users = Users(
-        _as_int32("history_length", history_length), _as_int32("target_popularity", target_popularity)
+        as_int32("history_length", history_length), as_int32("target_popularity", target_popularity)
     )
     path = Path(folder) / USERS
-    _save_arrays(path, vars(users))
+    save_arrays(path, vars(users))
     return path
 
 
@@ -259,6 +259,14 @@ def metric_of_ranks(metric: str, rank: np.ndarray, places: int) -> np.ndarray:
     if name == "recall":
         return found.astype(np.float64)
     return np.where(found, 1 / np.log2(1 + np.where(found, rank, 1).astype(np.float64)), 0.0)
+
+
+def places_of(metrics: Mapping[str, Any]) -> int:
+    """Length of the lists, the largest k of a recall@k; raises ValueError if there is none."""
+    ks = [k for name, k in map(_parse, metrics) if name == "recall"]
+    if not ks:
+        raise ValueError(f"needs a recall@k, got {sorted(metrics)}")
+    return max(ks)
 
 
 def check_means(part: str, metrics: Mapping[str, float | None], rank: np.ndarray, places: int) -> None:
@@ -301,7 +309,8 @@ def load_arrays(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _save_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+def save_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Writes an .npz file, whole or not at all."""
     with written(path) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **arrays)
 
@@ -320,7 +329,8 @@ def _is_amount(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value) and value >= 0
 
 
-def _as_int32(name: str, values: Any) -> np.ndarray:
+def as_int32(name: str, values: Any) -> np.ndarray:
+    """The same numbers as int32; raises ValueError where they are not whole numbers below 2**31."""
     array = np.asarray(values)
     if array.dtype.kind not in "iu" or (array.size and array.max() >= 2**31):
         raise ValueError(f"{name} needs whole numbers below 2**31, got {_what(values)}")
