@@ -68,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add_recommend,
         _add_trie,
         _add_bench,
+        _add_reproduce,
         _add_table,
         _add_doctor,
         _add_demo,
@@ -480,6 +481,48 @@ def _bench(argv: Sequence[str]) -> int:
     from gflowgr import bench
 
     return bench.main(list(argv)) or 0
+
+
+def _add_reproduce(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "reproduce",
+        _reproduce,
+        "run the missing cells of the table of methods",
+        "A cell is a row on a data set with a seed; it is left out if its result file is there. What rows are "
+        "built on runs first. A run that was interrupted goes on from its last checkpoint.",
+        "gflowgr reproduce --data data --dataset scientific --rows sft gflowgr --seeds 0 1 2 --jobs 2",
+    )
+    parser.add_argument(
+        "--data", required=True, metavar="FOLDER", help="with a folder for each data set, see docs/recipe.md"
+    )
+    parser.add_argument("--dataset", nargs="+", default=["scientific"], metavar="NAME", help="(scientific)")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="(those of the main table)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED", help="(0)")
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="first choose settings on the validation part, where rows have a grid",
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="cells at a time (%(default)s)")
+    parser.add_argument(
+        "--work", default="quality-runs", metavar="FOLDER", help="checkpoints and teachers (%(default)s)"
+    )
+    _add_results(parser)
+
+
+def _reproduce(arguments: argparse.Namespace) -> None:
+    from gflowgr.quality.cells import Place
+    from gflowgr.quality.reproduce import missing, reproduce
+    from gflowgr.quality.rows import MAIN
+
+    if arguments.jobs < 1:
+        raise ValueError(f"--jobs is {arguments.jobs}, needs at least 1")
+    place = Place(*(Path(path).resolve() for path in (arguments.data, arguments.work, arguments.results)))
+    tasks = missing(arguments.dataset, arguments.rows or MAIN, arguments.seeds, place, tune=arguments.tune)
+    if not tasks:
+        print("every cell is there; 'gflowgr table' prints them")
+    reproduce(tasks, place, jobs=arguments.jobs)
 
 
 def _add_table(commands: Any) -> None:

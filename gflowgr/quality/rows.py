@@ -153,3 +153,6 @@ ROWS: dict[str, Row] = {
     "t5-gflowgr-tb": Row("further", _paper().settings, start="t5-sft", teacher="sasrec"),
     "t5-gflowgr": Row("t5", GFLOWGR, teacher="sasrec"),
 }
+
+# The table's own rows, without ablations and other backbones.
+MAIN = [name for name in ROWS if not name.startswith(("gflowgr-tb-", "t5-"))]
