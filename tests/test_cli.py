@@ -15,7 +15,7 @@ from test_pipeline import NUM_ITEMS, a_log, an_items_table
 from gflowgr import cli
 from gflowgr.trie import PrefixTrie
 
-COMMANDS = ("prepare", "tokenize", "train", "evaluate", "recommend", "trie", "table", "doctor", "demo")
+COMMANDS = ("prepare", "tokenize", "train", "evaluate", "recommend", "trie", "table", "compare", "doctor", "demo")
 QUICK = (
     "split.max_history=6",
     "model={layers: 1, d_model: 16, heads: 2}",
