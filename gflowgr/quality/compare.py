@@ -192,7 +192,8 @@ def _pairs(a: Run, b: Run) -> tuple[list[tuple[np.ndarray, np.ndarray]], str]:
             f"{sorted(map(str, b.ranks))}"
         )
     named = ", ".join(map(str, seeds))
-    return [(a.ranks[seed], b.ranks[seed]) for seed in seeds], f"averaged over the common seeds {named}"
+    words = f"averaged over the common seeds {named}" if len(seeds) > 1 else f"seed {named} of both"
+    return [(a.ranks[seed], b.ranks[seed]) for seed in seeds], words
 
 
 def _mean(ranks: Sequence[np.ndarray], metric: str, places: int) -> np.ndarray:

@@ -179,8 +179,8 @@ def _reading(comparison: Comparison) -> str:
     notes = [
         "A and B are measured on the same test users. The difference is taken user by user (where there are "
         "several seeds, after averaging over them), and its interval comes from drawing the users again, "
-        "1,000 times. It says how much the result owes to these users, not how much another seed would change "
-        "it. In the tables it stands below the difference, at 95%.",
+        "1,000 times. It says how much the result owes to these users, not how much another seed would "
+        "change it. In the tables it stands below the difference, at 95%.",
         "Groups are quantiles, equal values together. Head, middle and tail hold about a third of the test "
         "targets each, the head those that occur most often in the training part.",
         "Where the interval of a difference contains 0, the data do not tell which run is better there. Of "
