@@ -547,11 +547,10 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 
 def _add_results(parser: argparse.ArgumentParser) -> None:
+    from gflowgr.quality.table import RESULTS
+
     parser.add_argument(
-        "--results",
-        default="benchmarks/results/quality",
-        metavar="FOLDER",
-        help="the folder of result files (%(default)s)",
+        "--results", default=RESULTS, metavar="FOLDER", help="the folder of result files (%(default)s)"
     )
 
 

@@ -7,7 +7,19 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from gflowgr.folders import write_text
-from gflowgr.page import ACCENT, GREY, PLAIN, blank_axes, embed, metric_name, number, page, percent, signed
+from gflowgr.page import (
+    ACCENT,
+    GREY,
+    PLAIN,
+    blank_axes,
+    embed,
+    metric_name,
+    number,
+    page,
+    percent,
+    signed,
+    signed_percent,
+)
 from gflowgr.quality.compare import Compared, Comparison, Group, RankChanges
 from gflowgr.quality.compare_text import cells, facts
 from gflowgr.quality.results import PathLike
@@ -55,7 +67,7 @@ def verdict(comparison: Comparison) -> str:
     metric = metric_name(compared.metric)
     if difference.low is None or difference.high is None:
         return f"One user alone: A has {metric} {number(a)}, B {number(b)}."
-    share = f", {difference.value / b:+.1%}".replace("-", "\N{MINUS SIGN}") if b else ""
+    share = f", {signed_percent(difference.value / b)}" if b else ""
     interval = f"95% interval {signed(difference.low)} to {signed(difference.high)}"
     how_much = f"{signed(difference.value)}{share} ({interval})"
     if difference.low > 0:
