@@ -70,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add_bench,
         _add_reproduce,
         _add_table,
+        _add_compare,
         _add_doctor,
         _add_demo,
     ):
@@ -553,12 +554,46 @@ def _table(arguments: argparse.Namespace) -> int:
     return 0 if verdict.leads else 1
 
 
+def _add_compare(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "compare",
+        _compare,
+        "compare two runs on the same users",
+        "Prints each metric with the paired difference and its 95 %% interval, then NDCG and recall by "
+        "length of the user's history and by popularity of the target. A run is a folder that 'gflowgr "
+        "train' made, a result file (.json), or DATASET/ROW of the result files: two of those are compared "
+        "over the seeds that both have.",
+        "gflowgr compare scientific/gflowgr scientific/sft --output compare.html",
+    )
+    parser.add_argument("run_a", metavar="RUN_A", help="the run that is compared")
+    parser.add_argument("run_b", metavar="RUN_B", help="the run that it is compared with")
+    _add_results(parser)
+    parser.add_argument("--output", metavar="FILE.html", help="also write a page with plots")
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from gflowgr.quality.compare import compare
+    from gflowgr.quality.compare_text import text_tables
+    from gflowgr.quality.runs import load_run
+
+    a, b = (load_run(run, arguments.results) for run in (arguments.run_a, arguments.run_b))
+    comparison = compare(a, b)
+    print(f"A: {comparison.a}\nB: {comparison.b}")
+    for title, rows in text_tables(comparison):
+        print(f"\n{title}")
+        _print_table(rows)
+    if arguments.output is not None:
+        from gflowgr.quality import compare_page
+
+        compare_page.write(comparison, arguments.output)
+
+
 def _add_results(parser: argparse.ArgumentParser) -> None:
+    from gflowgr.quality.table import RESULTS
+
     parser.add_argument(
-        "--results",
-        default="benchmarks/results/quality",
-        metavar="FOLDER",
-        help="the folder of result files (%(default)s)",
+        "--results", default=RESULTS, metavar="FOLDER", help="the folder of result files (%(default)s)"
     )
 
 
@@ -627,7 +662,8 @@ def _print_table(rows: Sequence[Sequence[str]]) -> None:
 
 
 def _is_number(cell: str) -> bool:
-    return not cell or cell.replace(",", "").replace(".", "").replace("-", "").rstrip("%").isdigit()
+    signs = str.maketrans("", "", ",.+-\N{MINUS SIGN}")
+    return not cell or cell.translate(signs).rstrip("%").isdigit()
 
 
 def _one_line(message: str) -> str:

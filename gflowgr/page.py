@@ -156,6 +156,11 @@ def signed(value: float) -> str:
     return f"{value:+.4f}".replace("0.", ".", 1).replace("-", "\N{MINUS SIGN}")
 
 
+def signed_percent(share: float) -> str:
+    """A relative difference in per cent with its sign."""
+    return f"{share:+.1%}".replace("-", "\N{MINUS SIGN}")
+
+
 def percent(value: float | None) -> str:
     """A share in per cent."""
     if value is None:

@@ -15,7 +15,18 @@ from test_pipeline import NUM_ITEMS, a_log, an_items_table
 from gflowgr import cli
 from gflowgr.trie import PrefixTrie
 
-COMMANDS = ("prepare", "tokenize", "train", "evaluate", "recommend", "trie", "table", "doctor", "demo")
+COMMANDS = (
+    "prepare",
+    "tokenize",
+    "train",
+    "evaluate",
+    "recommend",
+    "trie",
+    "table",
+    "compare",
+    "doctor",
+    "demo",
+)
 QUICK = (
     "split.max_history=6",
     "model={layers: 1, d_model: 16, heads: 2}",
@@ -124,6 +135,17 @@ def test_evaluate_prints_what_it_writes(folder: Path, capsys: pytest.CaptureFixt
         line = next(line for line in printed.splitlines() if line.startswith(f"{name} "))
         assert f"{metric['value']:.4f}" in line
     assert re.search(r"40 users, 24 items, [0-9,]+ users a second", printed)
+
+
+def test_a_run_compared_with_itself_does_not_differ(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, page = str(folder / "run"), folder / "compare.html"
+    printed = output_of(capsys, "compare", run, run, "--output", str(page))
+    metrics = json.loads((folder / "run" / "metrics.json").read_text())["test"]["metrics"]
+    for name, shown in (("recall@5", "R@5"), ("recall@10", "R@10"), ("ndcg@5", "N@5"), ("ndcg@10", "N@10")):
+        value = f"{metrics[name]['value']:.4f}".replace("0.", ".", 1)
+        assert re.search(rf"^{shown} +{value} +{value} +\+\.0000  \+\.0000 to \+\.0000$", printed, re.M)
+    assert "40 users, 24 items" in printed
+    assert "No sure difference" in page.read_text(encoding="utf-8")
 
 
 def test_evaluate_takes_training_settings_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -179,6 +179,9 @@ def test_a_folder_holds_cells_of_one_data_set(tmp_path: Path) -> None:
         ({"test": {"recall@10": 0.75}}, ValueError, "test lacks ndcg@10"),
         ({"row": "a/b"}, ValueError, "row needs a name"),
         ({"seed": -1}, ValueError, "seed needs an integer"),
+        ({"num_items": 0}, ValueError, "num_items needs an integer"),
+        ({"built_on": "sasrec"}, ValueError, "built_on needs a list"),
+        ({"built_on": [1]}, ValueError, "built_on needs a list"),
         ({"budget": {"steps": 1}}, ValueError, "budget needs steps, contexts"),
     ],
 )

@@ -81,6 +81,10 @@ class Cell:
             raise ValueError(f"row needs a name of a-z, 0-9 and . _ + -, got {self.row!r}")
         if not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed needs an integer from 0 on, got {self.seed!r}")
+        if not isinstance(self.num_items, int) or self.num_items < 1:
+            raise ValueError(f"num_items needs an integer from 1 on, got {self.num_items!r}")
+        if isinstance(self.built_on, str) or not all(isinstance(row, str) for row in self.built_on):
+            raise ValueError(f"built_on needs a list of rows' names, got {self.built_on!r}")
         if self.grid is not None and set(self.grid) != {"file", "points"}:
             raise ValueError(f"grid needs file and points, or to be None, got {dict(self.grid)}")
         if set(self.budget) != set(_BUDGET) or not all(_is_amount(self.budget[name]) for name in _BUDGET):

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gflowgr.page import listed, signed
+from gflowgr.page import listed, signed, signed_percent
 from gflowgr.quality.pairing import Paired, paired_difference
 from gflowgr.quality.results import Cell, PathLike, load_cells
 
@@ -220,6 +220,6 @@ def _missing(table: Table) -> str:
 def gain(paired: Paired) -> str:
     """A difference in words: absolute, in per cent of the other's mean, its interval, how many seeds."""
     difference, count = paired.difference, len(paired.seeds)
-    share = f" = {difference.mean / paired.base:+.1%}".replace("-", "\N{MINUS SIGN}") if paired.base else ""
+    share = f" = {signed_percent(difference.mean / paired.base)}" if paired.base else ""
     interval = f"95% interval {signed(difference.low)} to {signed(difference.high)}"
     return f"{signed(difference.mean)}{share}, {interval}, {count} seed{'s' if count > 1 else ''}"

@@ -19,8 +19,9 @@ TITLES = ("R@5", "R@10", "N@5", "N@10", "coverage@10", "gini@10", "diversity@10"
 BUDGET = {"steps": "steps", "contexts": "contexts", "seconds": "seconds", "total_seconds": "total seconds"}
 NOTE = (
     "Test part; mean ± standard deviation over seeds, the best mean bold. Differences are in "
-    "N@10 over the seeds that both rows have, with the 95% paired bootstrap interval over users; t5- and lora- rows stand against the sft of "
-    "their kind, and each row against the teacher that it learned from, sasrec if none is named. Steps, "
+    "N@10 over the seeds that both rows have, with the 95% paired bootstrap interval over users; t5- and "
+    "lora- rows stand against the sft of their kind, and each row against the teacher that it learned from, "
+    "sasrec if none is named. Steps, "
     "contexts and seconds are those of one run, total seconds with all that it is built on."
 )
 
