@@ -73,7 +73,8 @@ def settings_of(row_name: str, data_set: DataSet, seed: int, place: Place) -> di
         return merge(row.settings, chosen_settings(row_name, data_set.name, place.results))
     if row.kind == "ensemble":
         return {"weights": {row.start: 0.5, row.teacher: 0.5}, "candidates": _CANDIDATES}
-    settings = merge(_COMMON, {"training": {"seed": seed}})
+    where = {"use_cpu": not torch.cuda.is_available()}
+    settings = merge(_COMMON, {"training": {"seed": seed, **where}})
     if row.kind == "further":
         assert row.start is not None
         folder = place.checkpoint(data_set.name, row.start, seed)

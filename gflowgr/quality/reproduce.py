@@ -78,7 +78,8 @@ def reproduce(
 ) -> None:
     """Runs all tasks, `jobs` at a time, each on its share of the cores.
 
-    A task that fails takes along those that wait for it; the others still run, then the first error is raised.
+    A task that fails takes along those that wait for it; the others still run, then the first error is
+    raised.
     """
     waiting = dict(tasks)
     done: set[Task] = set()
