@@ -49,32 +49,73 @@ S log_sum(const S* parts, std::int64_t count, std::vector<S>& scratch) {
   return peak + std::log(static_cast<S>(total));
 }
 
-// log_flows (B, nodes) from log_rewards (B, N): each node sums its own items and its children, deepest first.
+// Flows of one context: each node sums its own items and its children, deepest first.
+template <class S>
+class RowFlows {
+ public:
+  RowFlows(const ItemTrie& tree, const std::vector<std::int32_t>& ending_at) : tree_(tree), ending_at_(ending_at) {}
+
+  void write(const S* rewards, S* flows) {
+    if (!share_a_scale(rewards)) return write_by_logs(rewards, flows);
+    const Trie& trie = tree_.trie;
+    for (std::int64_t node = trie.nodes - 1; node >= 0; --node) {
+      const Children kids = trie.children(node);
+      const std::int64_t ending = ending_at_[node];
+      const std::int32_t* own = tree_.item_order + tree_.first_item[node];
+      if (ending + kids.count == 1) {
+        flows[node] = ending == 1 ? rewards[own[0]] : flows[kids.first];
+        mass_[node] = ending == 1 ? exponentials_[own[0]] : mass_[kids.first];
+        continue;
+      }
+      double total = 0;
+      for (std::int64_t child = kids.first; child < kids.first + kids.count; ++child) total += mass_[child];
+      for (std::int64_t i = 0; i < ending; ++i) total += exponentials_[own[i]];
+      mass_[node] = total;
+      flows[node] = static_cast<S>(peak_ + std::log(total));
+    }
+  }
+
+ private:
+  // Whether all rewards can be numbers beside the largest one: then no sum needs a scale of its own.
+  bool share_a_scale(const S* rewards) {
+    exponentials_.resize(tree_.items);
+    mass_.resize(tree_.trie.nodes);
+    peak_ = largest(rewards, tree_.items);
+    if (!std::isfinite(peak_)) return false;
+    if (!std::isfinite(exp_differences(rewards, tree_.items, peak_, exponentials_.data()))) return false;
+    bool vanishes = false;
+    for (std::int64_t item = 0; item < tree_.items; ++item)
+      vanishes |= (exponentials_[item] < std::numeric_limits<S>::min()) &
+                  (rewards[item] != -std::numeric_limits<S>::infinity());
+    return !vanishes;
+  }
+
+  void write_by_logs(const S* rewards, S* flows) {
+    const Trie& trie = tree_.trie;
+    for (std::int64_t node = trie.nodes - 1; node >= 0; --node) {
+      const Children kids = trie.children(node);
+      const std::int64_t ending = ending_at_[node];
+      const std::int32_t* own = tree_.item_order + tree_.first_item[node];
+      parts_.assign(flows + kids.first, flows + kids.first + kids.count);
+      for (std::int64_t i = 0; i < ending; ++i) parts_.push_back(rewards[own[i]]);
+      flows[node] = log_sum(parts_.data(), ending + kids.count, exponentials_);
+    }
+  }
+
+  const ItemTrie& tree_;
+  const std::vector<std::int32_t>& ending_at_;
+  std::vector<S> exponentials_, parts_;
+  std::vector<double> mass_;
+  S peak_ = 0;
+};
+
+// log_flows (B, nodes) from log_rewards (B, N).
 template <class S>
 void log_flows(const ItemTrie& tree, const S* log_rewards, std::int64_t batch, S* log_flows, int threads) {
-  const Trie& trie = tree.trie;
   const std::vector<std::int32_t> ending_at = tree.ending();
   parallel_for(batch, 1, threads, [&](std::int64_t begin, std::int64_t end) {
-    std::vector<S> parts, scratch;
-    for (std::int64_t b = begin; b < end; ++b) {
-      const S* rewards = log_rewards + b * tree.items;
-      S* flows = log_flows + b * trie.nodes;
-      for (std::int64_t node = trie.nodes - 1; node >= 0; --node) {
-        const Children kids = trie.children(node);
-        const std::int64_t ending = ending_at[node];
-        const std::int32_t* own = tree.item_order + tree.first_item[node];
-        const S* below = flows + kids.first;
-        if (ending == 0) {
-          flows[node] = log_sum(below, kids.count, scratch);
-        } else if (ending + kids.count == 1) {
-          flows[node] = rewards[own[0]];
-        } else {
-          parts.assign(below, below + kids.count);
-          for (std::int64_t i = 0; i < ending; ++i) parts.push_back(rewards[own[i]]);
-          flows[node] = log_sum(parts.data(), ending + kids.count, scratch);
-        }
-      }
-    }
+    RowFlows<S> row(tree, ending_at);
+    for (std::int64_t b = begin; b < end; ++b) row.write(log_rewards + b * tree.items, log_flows + b * tree.trie.nodes);
   });
 }
 

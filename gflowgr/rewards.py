@@ -185,7 +185,7 @@ class CollaborativeReward:
         if not bool((highest > -math.inf).all()):
             raise ValueError("scores: got a row of -inf alone, need a number in each row")
         if self.normalisation == "softmax":
-            return torch.softmax(scores / self.temperature, dim=1)
+            return torch.softmax(scores if self.temperature == 1.0 else scores / self.temperature, dim=1)
         barred = scores == -math.inf
         if self.normalisation == "unit":
             lowest = scores.masked_fill(barred, math.inf).amin(1, keepdim=True)
@@ -367,7 +367,8 @@ class RewardModel(nn.Module):
         return torch.stack([self.weights[name] * term for name, term in terms.items()]).sum(0)
 
     def _log(self, reward: Tensor) -> Tensor:
-        return reward.clamp(min=self.floor).log() + math.log(self.scale)
+        log_reward = reward.clamp(min=self.floor).log()
+        return log_reward if self.scale == 1.0 else log_reward + math.log(self.scale)
 
     def _on_items(self, name: str, context: RewardContext, items: Tensor) -> Tensor:
         return self._checked(name, self.terms[name](context, items), tuple(items.shape))
@@ -448,13 +449,11 @@ def _mixture(terms: dict[str, Tensor], totals: dict[str, Tensor], weights: Tenso
     )
     shares = active / _nonzero(active.sum(1, keepdim=True))
     columns = shares.split(1, dim=1)
-    parts = [
-        term * (column / _nonzero(totals[name]))
-        for (name, term), column in zip(terms.items(), columns, strict=True)
-    ]
-    fused = parts[0]
-    for part in parts[1:]:
-        fused = fused + part
+    fused: Tensor | None = None
+    for (name, term), column in zip(terms.items(), columns, strict=True):
+        factor = column / _nonzero(totals[name])
+        fused = term * factor if fused is None else torch.addcmul(fused, term, factor)
+    assert fused is not None
     return fused
 
 

@@ -39,11 +39,15 @@ def roll_out(
         if not len(rows):
             continue
         past = items[rows, :position]
-        scores = model.scores(past).to(items.device)
+        scores = model.scores(past).to(items.device, torch.float32)
         unseen = scores.scatter(1, past, -torch.inf)
         # Whoever has had the whole catalogue has to repeat an item.
         scores = torch.where(unseen.amax(1, keepdim=True) > -torch.inf, unseen, scores)
-        items[rows, position] = torch.multinomial(scores.softmax(1), 1, generator=generator)[:, 0]
+        mass = scores.softmax(1).cumsum(1)
+        point = torch.rand(len(rows), 1, generator=generator, device=items.device) * mass[:, -1:]
+        # Rounding may put the point on the end of the line.
+        chosen = torch.searchsorted(mass, point, right=True).clamp(max=mass.shape[1] - 1)
+        items[rows, position] = chosen[:, 0]
     return {"items": items, "value": histories["value"].masked_fill(drawn, 0)}
 
 

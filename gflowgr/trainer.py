@@ -301,14 +301,16 @@ class GFlowGRTrainer(Trainer):
         chosen = chosen[: round(self.args.rollout_share * size)]
         part = {name: column[chosen] for name, column in inputs.items()}
         roll = roll_out if "items" in inputs else roll_out_window
-        part |= roll(self.collaborative, part, generator)
+        with self.accelerator.autocast():
+            part |= roll(self.collaborative, part, generator)
         return {name: column.index_copy(0, chosen, part[name]) for name, column in inputs.items()}
 
     @torch.no_grad()
     def _scores(self, history: Tensor) -> Tensor | None:
         if self.collaborative is None or (self.sampler is None and self.reward_model is None):
             return None
-        return self.collaborative.scores(history).to(history.device)
+        with self.accelerator.autocast():
+            return self.collaborative.scores(history).to(history.device, torch.float32)
 
     def _draw(self, inputs: dict[str, Tensor], scores: Tensor | None) -> Draw | None:
         assert isinstance(self.args, GFlowGRConfig)
@@ -505,7 +507,7 @@ def _contexts_of_histories(inputs: dict[str, Tensor], history_length: int) -> di
     items, value = inputs["items"], inputs["value"]
     width = items.shape[1]
     position = torch.arange(1, width, device=items.device).unsqueeze(1)
-    slot = torch.arange(history_length, device=items.device)
+    slot = torch.arange(min(history_length, width - 1), device=items.device)
     length = position.clamp(max=history_length)
     source = (position - length + slot).clamp(max=width - 1)
     windows = torch.where(slot < length, items[:, source], -1)

@@ -1,22 +1,16 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas
 import pytest
 
-from gflowgr.quality import cells, tuning
+from gflowgr.quality import cells
 from gflowgr.quality.cells import Place
 from gflowgr.quality.data import DataSet
-from gflowgr.quality.grids import best_point, chosen_settings, read_grid
-from gflowgr.quality.reproduce import Task, missing
-from gflowgr.quality.results import load_cells, load_users
-from gflowgr.quality.rows import MAIN, ROWS
-from gflowgr.recipes import GFLOWGR
+from gflowgr.quality.rows import ROWS
 
 TINY = DataSet("tiny", "codes", epochs=2, extra_steps=3, t5_epochs=1)
 USERS, ITEMS = 40, 30
