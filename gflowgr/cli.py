@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     from gflowgr.metrics import Metrics
 
+RECIPES = ("gflowgr", "sft")
 # What a user can mend: their input, their files, their settings, what is installed.
 USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError, ImportError, ArithmeticError)
 
@@ -271,7 +272,12 @@ def _add_train(commands: Any) -> None:
     parser.add_argument(
         "--data", metavar="FOLDER", help="a tokenized data folder; may stand in the config as data"
     )
-    parser.add_argument("--config", metavar="FILE.yaml", help="settings; without it the defaults")
+    parser.add_argument(
+        "--recipe",
+        choices=RECIPES,
+        help="settings to begin with: gflowgr, the best we know, unless there is a config; or sft",
+    )
+    parser.add_argument("--config", metavar="FILE.yaml", help="settings, which go before the recipe's")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="the run's folder to make")
     parser.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
     _add_overwrite(parser)
@@ -281,11 +287,15 @@ def _add_train(commands: Any) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from gflowgr import pipeline
-    from gflowgr.settings import override, read_yaml
+    from gflowgr import pipeline, recipes
+    from gflowgr.settings import merge, override, read_yaml
 
     _hush_transformers()
-    settings = override({} if arguments.config is None else read_yaml(arguments.config), arguments.overrides)
+    recipe = arguments.recipe or ("gflowgr" if arguments.config is None else None)
+    settings = {} if recipe is None else recipes.RECIPES[recipe]
+    if arguments.config is not None:
+        settings = merge(settings, read_yaml(arguments.config))
+    settings = override(settings, arguments.overrides)
     data = settings.get("data") if arguments.data is None else arguments.data
     if data is None:
         raise ValueError("no data folder: give --data, or data in the config")
@@ -490,7 +500,7 @@ def _add_reproduce(commands: Any) -> None:
         "reproduce",
         _reproduce,
         "run the missing cells of the table of methods",
-        "A cell is a row on a data set with a seed; it is left out if its result file is there. What a row is "
+        "A cell is a row on a data set with a seed; one that has a result file is left out. What a row is "
         "built on runs first. A run that was interrupted goes on from its last checkpoint.",
         "gflowgr reproduce --data data --dataset scientific --rows sft gflowgr --seeds 0 1 2 --jobs 2",
     )

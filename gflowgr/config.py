@@ -59,6 +59,10 @@ class GFlowGRConfig(TrainingArguments):
         default=0.0,
         metadata={"help": "Share of a step's histories with a latter part drawn from the recommender."},
     )
+    rollout_temperature: float = field(
+        default=1.0,
+        metadata={"help": "What the recommender's scores are divided by before it draws such a part."},
+    )
     preference_beta: float = field(
         default=0.1,
         metadata={
@@ -119,6 +123,8 @@ class GFlowGRConfig(TrainingArguments):
 
         if not 0 <= self.rollout_share <= 1:
             raise ValueError(f"rollout_share is {self.rollout_share}, needs a number from 0 to 1")
+        if not 0 < self.rollout_temperature < math.inf:
+            raise ValueError(f"rollout_temperature is {self.rollout_temperature}, needs a number above 0")
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any]) -> GFlowGRConfig:

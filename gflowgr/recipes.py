@@ -21,3 +21,9 @@ GFLOWGR: dict[str, Any] = {
         "per_device_train_batch_size": 128,
     },
 }
+# Supervised fine-tuning alone: the row that every other has to beat.
+SFT: dict[str, Any] = {
+    "model": {"dropout": 0.2},
+    "training": {"objective": "sft", "learning_rate": 1e-3, "per_device_train_batch_size": 128},
+}
+RECIPES = {"gflowgr": GFLOWGR, "sft": SFT}

@@ -11,7 +11,10 @@ from gflowgr.collaborative import CollaborativeModel
 
 @torch.no_grad()
 def roll_out(
-    model: CollaborativeModel, histories: dict[str, Tensor], generator: torch.Generator
+    model: CollaborativeModel,
+    histories: dict[str, Tensor],
+    generator: torch.Generator,
+    temperature: float = 1.0,
 ) -> dict[str, Tensor]:
     """Whole histories of which the latter part, of random length, is drawn from `model` instead.
 
@@ -23,6 +26,7 @@ def roll_out(
         model: the recommender.
         histories: "items" (B, W) int64, oldest first, -1 on the right; "value" (B, W), their worth.
         generator: of the draws, on the device of the items.
+        temperature: what the scores are divided by.
 
     Returns:
         both, of the same shape; rows of one item are as they were.
@@ -43,7 +47,7 @@ def roll_out(
         unseen = scores.scatter(1, past, -torch.inf)
         # Whoever has had the whole catalogue has to repeat an item.
         scores = torch.where(unseen.amax(1, keepdim=True) > -torch.inf, unseen, scores)
-        mass = scores.softmax(1).cumsum(1)
+        mass = (scores / temperature).softmax(1).cumsum(1)
         point = torch.rand(len(rows), 1, generator=generator, device=items.device) * mass[:, -1:]
         # Rounding may put the point on the end of the line.
         chosen = torch.searchsorted(mass, point, right=True).clamp(max=mass.shape[1] - 1)
@@ -52,7 +56,10 @@ def roll_out(
 
 
 def roll_out_window(
-    model: CollaborativeModel, examples: dict[str, Tensor], generator: torch.Generator
+    model: CollaborativeModel,
+    examples: dict[str, Tensor],
+    generator: torch.Generator,
+    temperature: float = 1.0,
 ) -> dict[str, Tensor]:
     """The same for contexts with one target each, which is drawn, too; what follows it is unknown.
 
@@ -61,12 +68,13 @@ def roll_out_window(
         examples: "history" (B, H), at least one item each, "target" (B,), "value" (B,), "future" and
             "future_value" (B, F).
         generator: of the draws.
+        temperature: what the scores are divided by.
     """
     end = (examples["history"] >= 0).sum(1, keepdim=True)
     items = functional.pad(examples["history"], (0, 1), value=-1)
     items = items.scatter(1, end, examples["target"][:, None])
     value = torch.zeros(items.shape, dtype=examples["value"].dtype, device=items.device)
-    rolled = roll_out(model, {"items": items, "value": value}, generator)["items"]
+    rolled = roll_out(model, {"items": items, "value": value}, generator, temperature)["items"]
     return {
         "history": rolled.scatter(1, end, -1)[:, :-1],
         "target": rolled.gather(1, end)[:, 0],

@@ -302,7 +302,7 @@ class GFlowGRTrainer(Trainer):
         part = {name: column[chosen] for name, column in inputs.items()}
         roll = roll_out if "items" in inputs else roll_out_window
         with self.accelerator.autocast():
-            part |= roll(self.collaborative, part, generator)
+            part |= roll(self.collaborative, part, generator, self.args.rollout_temperature)
         return {name: column.index_copy(0, chosen, part[name]) for name, column in inputs.items()}
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from gflowgr.recipes import GFLOWGR
+from gflowgr.recipes import GFLOWGR, SFT
 from gflowgr.settings import merge
 
 
@@ -85,7 +85,6 @@ _RANDOM = {"sampler": {"strategies": "random"}}
 _POLICY = {"sampler": {"strategies": "policy"}}
 
 
-_SFT = {"training": {"objective": "sft"}}
 # As many points for the supervised model as for ours.
 _SFT_GRID = {"model.dropout": [0.1, 0.2, 0.3], "training.learning_rate": [1e-3, 2e-3]}
 _GFLOWGR_GRID = {"reward.weights.collaborative": [0.7, 0.8, 0.9], "training.learning_rate": [1e-3, 2e-3]}
@@ -94,7 +93,7 @@ ROWS: dict[str, Row] = {
     "popularity": _scorer("popularity"),
     "item-knn": _scorer("item-knn"),
     "sasrec": _scorer("sasrec"),
-    "sft": Row("decoder", _SFT, grid=_SFT_GRID),
+    "sft": Row("decoder", SFT, grid=_SFT_GRID),
     "sft-continued": _further("sft"),
     "sft-smoothed": Row(
         "decoder",
@@ -107,7 +106,7 @@ ROWS: dict[str, Row] = {
         like="sft",
     ),
     "sft-rollouts": Row(
-        "decoder", merge(_SFT, {"training": {"rollout_share": 0.5}}), teacher="sasrec", like="sft"
+        "decoder", merge(SFT, {"training": {"rollout_share": 0.5}}), teacher="sasrec", like="sft"
     ),
     "ensemble": Row("ensemble", start="sft", teacher="sasrec"),
     "dpo": _further("s_dpo", None, _RANDOM, num_trajectories=2),
@@ -147,8 +146,8 @@ ROWS: dict[str, Row] = {
     "gflowgr-tb-random": _paper(sections={"sampler": {"strategies": "random", "schedule": "constant"}}),
     "gflowgr-tb-weights": _paper(sections={"reward": {"fusion": "weights"}}),
     "gflowgr-tb-mlp": _paper(sections={"reward": {"fusion": "mlp"}}),
-    "t5-sft": Row("t5", _SFT),
-    "t5-sft-continued": Row("further", _SFT, start="t5-sft"),
+    "t5-sft": Row("t5", SFT),
+    "t5-sft-continued": Row("further", SFT, start="t5-sft"),
     "t5-s-dpo": Row("further", _further("s_dpo", None, _RANDOM, num_trajectories=4).settings, start="t5-sft"),
     "t5-gflowgr-tb": Row("further", _paper().settings, start="t5-sft", teacher="sasrec"),
     "t5-gflowgr": Row("t5", GFLOWGR, teacher="sasrec"),
