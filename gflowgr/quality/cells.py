@@ -42,7 +42,7 @@ _COMMON: dict[str, Any] = {
     },
 }
 _SIZES: dict[str, dict[str, Any]] = {
-    "decoder": {"kind": "decoder", "layers": 4, "d_model": 128, "heads": 4},
+    "decoder": {"kind": "decoder", "layers": 2, "d_model": 128, "heads": 4},
     "t5": {"kind": "t5", "layers": 4, "d_model": 128, "heads": 6, "d_kv": 64, "d_ff": 1024},
 }
 _FROM_SCRATCH = {"per_device_train_batch_size": 128, "eval_steps": 1 / 3}

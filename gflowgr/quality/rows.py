@@ -147,7 +147,7 @@ ROWS: dict[str, Row] = {
     "gflowgr-tb-weights": _paper(sections={"reward": {"fusion": "weights"}}),
     "gflowgr-tb-mlp": _paper(sections={"reward": {"fusion": "mlp"}}),
     "t5-sft": Row("t5", SFT),
-    "t5-sft-continued": Row("further", SFT, start="t5-sft"),
+    "t5-sft-continued": Row("further", _further("sft").settings, start="t5-sft"),
     "t5-s-dpo": Row("further", _further("s_dpo", None, _RANDOM, num_trajectories=4).settings, start="t5-sft"),
     "t5-gflowgr-tb": Row("further", _paper().settings, start="t5-sft", teacher="sasrec"),
     "t5-gflowgr": Row("t5", GFLOWGR, teacher="sasrec"),
