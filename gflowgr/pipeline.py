@@ -42,6 +42,7 @@ from gflowgr.trie import PrefixTrie
 if TYPE_CHECKING:
     import pandas
 
+    from gflowgr.adaptive import WeightSchedule
     from gflowgr.assembly import Plan
     from gflowgr.backbones import GenerativeRecommender
     from gflowgr.collaborative import CollaborativeModel
@@ -331,7 +332,9 @@ def train(
 
     Args:
         data: a folder that `prepare` and `tokenize` made.
-        output: the folder to make: checkpoint, config.yaml, log.json, metrics.json, items.parquet.
+        output: the folder to make: checkpoint, config.yaml, log.json, metrics.json, items.parquet; and, where
+            the sampler adapts or replays, its weights in each step (schedule.json) and their figure
+            (schedule.svg).
         settings: sections as in `gflowgr.assembly.Plan`; nothing for the defaults.
         resume: whether to go on with a run that was interrupted.
         overwrite: whether a run that is there, whole or interrupted, may be replaced.
@@ -392,8 +395,18 @@ def train(
         output, recommender, validation, test, trainer.state.log_history, seconds, collaborative_seconds
     )
     if trainer.is_world_process_zero():
+        if sampler is not None and sampler.mixture is not None:
+            _write_schedule(partial, sampler.mixture)
         _finish(partial, run, folder.items)
     return run
+
+
+def _write_schedule(partial: Path, schedule: WeightSchedule) -> None:
+    from gflowgr.adaptive import SCHEDULE
+    from gflowgr.report import chart_svg
+
+    schedule.save(partial / SCHEDULE)
+    write_text((partial / SCHEDULE).with_suffix(".svg"), chart_svg(schedule.chart()))
 
 
 def _open_partial(partial: Path, settings: Mapping[str, Any], resume: bool) -> Path | None:

@@ -436,14 +436,23 @@ def _definitions(values: Mapping[str, Any]) -> str:
     )
 
 
-def _figure(figure: Figure, alt: str, caption: str) -> str:
+def chart_svg(chart: Chart) -> str:
+    """A chart as the text of an SVG file, the same for the same numbers."""
+    return _svg(_lines(chart, dict(zip(chart.lines, COLOURS, strict=False)))).decode()
+
+
+def _svg(figure: Figure) -> bytes:
     import matplotlib
 
     stream = io.BytesIO()
     # Without a date and with a salt of ours, the same numbers give the same file.
     with matplotlib.rc_context({"svg.hashsalt": "gflowgr"}):
         figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
-    data = base64.b64encode(stream.getvalue()).decode()
+    return stream.getvalue()
+
+
+def _figure(figure: Figure, alt: str, caption: str) -> str:
+    data = base64.b64encode(_svg(figure)).decode()
     width, height = (round(inches * 96) for inches in figure.get_size_inches())
     return (
         f'<figure><img src="data:image/svg+xml;base64,{data}" width="{width}" height="{height}" '

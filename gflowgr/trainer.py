@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerControl
 
 from gflowgr import generation, ops
+from gflowgr.adaptive import SCHEDULE, AdaptiveWeights
 from gflowgr.backbones import GenerativeRecommender
 from gflowgr.collaborative import CollaborativeModel
 from gflowgr.config import GFlowGRConfig
@@ -280,6 +281,7 @@ class GFlowGRTrainer(Trainer):
             seen = (drawn.unsqueeze(-1) == contexts.history.unsqueeze(1)).any(-1)
             self._figures["off_history_share"].append(float((~seen).float().mean()))
             self._record_mass_found(outputs["batch"], draw)
+            self._adapt_sampler(outputs["batch"], draw)
         if (self.state.global_step + 1) % max(int(self.state.logging_steps), 1) == 0:
             for name, figure in diagnostics(outputs["batch"]).items():
                 self._figures[name].append(figure)
@@ -288,11 +290,30 @@ class GFlowGRTrainer(Trainer):
         """The share of the reward that a drawn item holds, by the strategy that drew it."""
         if batch.log_flows is None:
             return
-        share = (batch.log_rewards.detach() - batch.log_flows[:, :1].detach()).exp()
         for number, name in enumerate(STRATEGIES):
-            chosen = share[draw.strategy == number]
+            chosen = batch.mass_shares[draw.strategy == number]
             if chosen.numel():
                 self._figures[f"mass_per_draw/{name}"].append(float(chosen.mean()))
+
+    def _adapt_sampler(self, batch: TrajectoryBatch, draw: Draw) -> None:
+        """Tells the sampler what its draws yielded, on all processes together, so that all weigh alike."""
+        assert self.sampler is not None
+        step = self.state.global_step
+        if self.sampler.mixture is not None:
+            for name, weight in zip(STRATEGIES, self.sampler.weights_at(step), strict=True):
+                if weight:
+                    self._figures[f"weight/{name}"].append(float(weight))
+        if self._adaptive is None:
+            return
+        totals = draw.totals(
+            batch.squared_residuals if self._adaptive.to == "residual" else batch.mass_shares
+        )
+        if self.accelerator.num_processes > 1:
+            totals = self.accelerator.reduce(totals.to(self.args.device), reduction="sum").cpu()
+        self.sampler.learn(step, totals)
+        for name, total, count in zip(STRATEGIES, *totals.tolist(), strict=True):
+            if count:
+                self._figures[f"yield/{name}"].append(total / count)
 
     def _cause(self, outputs: dict[str, Any]) -> str:
         """Why a loss is not finite."""
@@ -321,9 +342,16 @@ class GFlowGRTrainer(Trainer):
             self._timer = time.perf_counter()
         super().log(logs, start_time)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         self._timer = time.perf_counter()
-        return super().train(*args, **kwargs)
+        if not resume_from_checkpoint and self._adaptive is not None:
+            self._adaptive.restart()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    @property
+    def _adaptive(self) -> AdaptiveWeights | None:
+        mixture = None if self.sampler is None else self.sampler.mixture
+        return mixture if isinstance(mixture, AdaptiveWeights) else None
 
     def rank(self, dataset: Examples) -> Metrics:
         """Ranks the whole catalogue for each example and measures the lists."""
@@ -387,10 +415,14 @@ class GFlowGRTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
         self.policy.save_pretrained(folder)
+        if self._adaptive is not None:
+            self._adaptive.save(folder / SCHEDULE)
         torch.save(self.args, folder / "training_args.bin")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.policy.load_weights(resume_from_checkpoint)
+        if self._adaptive is not None:
+            self._adaptive.resume(Path(resume_from_checkpoint) / SCHEDULE)
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
@@ -453,6 +485,8 @@ def _check_parts(
             f"sampler draws {sampler.num_trajectories} trajectories, "
             f"needs num_trajectories={args.num_trajectories}"
         )
+    if sampler is not None and isinstance(sampler.mixture, AdaptiveWeights) and reward_model is None:
+        raise ValueError("reward_model is None, needs a RewardModel for a sampler that adapts to yields")
     for name, part in (
         ("sampler", sampler),
         ("reward_model", reward_model),
