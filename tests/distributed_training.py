@@ -1,4 +1,7 @@
-"""Run by `accelerate launch` in a test: trains with a batch a process and writes the losses of process 0."""
+"""Run by `accelerate launch` in a test: trains with a batch a process and writes the losses of process 0.
+
+With "adapt" the sampler's weights adapt, and every process writes its own.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 import training_fixtures as fixtures
 
 
-def main(folder: str, batch: int, output: str) -> None:
+def main(folder: str, batch: int, output: str, adapt: bool) -> None:
     run = fixtures.trainer(
         folder,
+        sampler_options={"strategies": {"collaborative": 1, "policy": 1, "random": 1}, "adapt": {}}
+        if adapt
+        else None,
         objective="tb",
         flows="learned",
         sft_weight=1.0,
@@ -23,6 +29,9 @@ def main(folder: str, batch: int, output: str) -> None:
         dataloader_drop_last=True,
     )
     run.train()
+    if adapt:
+        assert run.sampler is not None and run.sampler.mixture is not None
+        run.sampler.mixture.save(f"{output}.{run.args.process_index}")
     if run.args.process_index == 0:
         Path(output).write_text(json.dumps(fixtures.losses(run)))
     run.accelerator.wait_for_everyone()
@@ -31,4 +40,4 @@ def main(folder: str, batch: int, output: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3], adapt="adapt" in sys.argv[4:])

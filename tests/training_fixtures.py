@@ -91,6 +91,7 @@ def trainer(
     backbone: str = "decoder",
     histories: bool = False,
     fusion: str = "mixture",
+    sampler_options: dict[str, Any] | None = None,
     **settings: Any,
 ) -> GFlowGRTrainer:
     data, semantic_ids = world()
@@ -98,7 +99,9 @@ def trainer(
     supervised = args.objective == "sft"
     sampler = None
     if args.num_trajectories > 1:
-        sampler = TrajectorySampler(NUM_ITEMS, num_trajectories=args.num_trajectories, seed=args.seed)
+        sampler = TrajectorySampler(
+            NUM_ITEMS, num_trajectories=args.num_trajectories, seed=args.seed, **(sampler_options or {})
+        )
     return GFlowGRTrainer(
         tiny(semantic_ids, backbone),
         args,
