@@ -20,7 +20,7 @@ TARGET, OBSERVED, RANDOM, COLLABORATIVE, POLICY = range(len(STRATEGIES))
 SCHEDULES = ("curriculum", "constant")
 
 # One purpose of the random numbers each, so that no two purposes share draws.
-STREAM_STRATEGY, STREAM_OBSERVED, STREAM_COLLABORATIVE, STREAM_RANDOM = range(4)
+STREAM_STRATEGY, STREAM_OBSERVED, STREAM_COLLABORATIVE, STREAM_RANDOM, STREAM_POLICY = range(5)
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,11 @@ class TrajectorySampler:
         weights = np.zeros(len(STRATEGIES))
         weights[[STRATEGIES.index(name) for name in self.mixture.strategies]] = self.mixture.at(step)
         return weights
+
+    def policy_seeds(self, step: int, index: Tensor) -> Tensor:
+        """A seed (B,) int64 for each example's own draws from the model, on the device of `index`."""
+        seeds = _hash(self.seed, step, _integers("index", index, (None,)), STREAM_POLICY) >> np.uint64(1)
+        return torch.from_numpy(seeds.astype(np.int64)).to(index.device)
 
     def learn(self, step: int, totals: Tensor) -> None:
         """Adapts the next step's weights to this one's `Draw.totals`, summed over all processes.

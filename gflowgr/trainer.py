@@ -251,16 +251,17 @@ class GFlowGRTrainer(Trainer):
             history=inputs["history"],
             future=inputs["future"],
             scores=scores,
-            policy_items=self._policy_items(inputs["history"]),
+            policy_items=self._policy_items(inputs),
         )
 
-    def _policy_items(self, history: Tensor) -> Callable[[int], Tensor]:
-        """The model's own items for the "policy" strategy, drawn by a seed of this step."""
+    def _policy_items(self, inputs: dict[str, Tensor]) -> Callable[[int], Tensor]:
+        """The model's own items for the "policy" strategy, drawn by a seed of this step and each example."""
+        assert self.sampler is not None
+        # One seed for a whole batch would give the same draws to the same place on every process.
+        seeds = self.sampler.policy_seeds(self.state.global_step, inputs["index"])
 
         def draw(count: int) -> Tensor:
-            seed = (self.args.seed << 32) + self.state.global_step
-            generator = torch.Generator(history.device).manual_seed(seed)
-            return generation.sample(self.policy.recommender, history, count, generator=generator).items
+            return generation.sample(self.policy.recommender, inputs["history"], count, seeds=seeds).items
 
         return draw
 

@@ -121,10 +121,13 @@ def test_a_replayed_run_is_the_adaptive_run(tmp_path) -> None:
 
 
 def test_accumulated_batches_adapt_once_a_step_and_training_anew_starts_anew(tmp_path) -> None:
-    run = adaptive_run(tmp_path, max_steps=3, gradient_accumulation_steps=2, learning_rate=0.0)
+    settings = {"gradient_accumulation_steps": 2, "learning_rate": 0.0, "max_steps": 3}
+    run = adaptive_run(tmp_path, {"rate": 1.0}, **settings)
     run.train()
     first = rows_of(run)
     assert first.shape == (4, 3)
+    # With a rate of 1 only the last step's draws count: 2 batches of 16 contexts with 3 drawn slots.
+    assert run.sampler.mixture.counts.sum() == 2 * 16 * 3
     run.train()
     assert np.array_equal(rows_of(run), first)
 

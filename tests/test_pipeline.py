@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from transformers import TrainerCallback
 
 from gflowgr import pipeline
+from gflowgr.adaptive import WeightSchedule
 from gflowgr.assembly import SECTIONS, Plan
 from gflowgr.backbones import GenerativeRecommender
 from gflowgr.collaborative import SASRec, SASRecNetwork
@@ -426,6 +427,29 @@ def test_training_goes_on_from_a_run(prepared: Path, trained: pipeline.TrainedRu
     assert run.test.summary() == pytest.approx(trained.test.summary(), rel=1e-5, nan_ok=True)
 
 
+def test_an_adaptive_run_writes_its_weights_and_can_be_replayed(prepared: Path, tmp_path: Path) -> None:
+    pairs = [
+        "training.objective=tb",
+        "training.num_trajectories=3",
+        "sampler.strategies={collaborative: 2, policy: 1, random: 1}",
+    ]
+    settings = override(SMALL, [*pairs, "sampler.adapt={to: mass, rate: 0.3}"])
+    run = pipeline.train(prepared, tmp_path / "run", settings)
+    schedule = WeightSchedule.load(run.path / "schedule.json")
+    assert set(schedule.strategies) == {"collaborative", "policy", "random"} and len(schedule.rows) == 7
+    logged = [entry["weight/policy"] for entry in run.history if "loss" in entry]
+    column = schedule.strategies.index("policy")
+    assert logged == pytest.approx([row[column] for row in schedule.rows[:6]])
+    assert logged[0] == 0.25 and logged[-1] != 0.25
+    assert "<svg" in (run.path / "schedule.svg").read_text()
+    replay = override(SMALL, [*pairs, f"sampler.replay={run.path / 'schedule.json'}"])
+    again = pipeline.train(prepared, tmp_path / "again", replay)
+    losses = [[entry["loss"] for entry in each.history if "loss" in entry] for each in (run, again)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    with pytest.raises(FileNotFoundError, match=r"sampler\.replay.*is not a file"):
+        Plan.of(override(settings, ["sampler.replay=nowhere.json"]))
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_configs_of_the_repository_hold_no_wrong_key(path: Path) -> None:
     settings = read_yaml(path)
@@ -435,7 +459,7 @@ def test_the_configs_of_the_repository_hold_no_wrong_key(path: Path) -> None:
 
 
 def test_there_are_configs() -> None:
-    assert {path.stem for path in CONFIGS} >= {"sft", "gflowgr", "paper-tb", "t5"}
+    assert {path.stem for path in CONFIGS} >= {"sft", "gflowgr", "paper-tb", "t5", "adaptive"}
 
 
 @given(

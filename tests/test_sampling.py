@@ -370,6 +370,16 @@ def test_a_mixture_gives_every_strategy_its_weight() -> None:
     assert_follows(np.array([both[p] for p in pairs]), np.array([weights[a] * weights[b] for a, b in pairs]))
 
 
+def test_seeds_of_the_policys_draws_are_each_examples_own() -> None:
+    sampler, index = TrajectorySampler(10, seed=3), torch.arange(500)
+    seeds = sampler.policy_seeds(7, index)
+    assert seeds.dtype == torch.int64 and (seeds >= 0).all() and len(seeds.unique()) == 500
+    order = torch.randperm(500, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(sampler.policy_seeds(7, index[order]), seeds[order])
+    for other in (sampler.policy_seeds(8, index), TrajectorySampler(10, seed=4).policy_seeds(7, index)):
+        assert not torch.isin(other, seeds).any()
+
+
 def test_an_empty_batch_gives_an_empty_draw() -> None:
     draw = TrajectorySampler(500).draw(
         step=0,
