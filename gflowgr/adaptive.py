@@ -91,10 +91,10 @@ class AdaptiveWeights(WeightSchedule):
     Args:
         strategies: names with their weights w, at least two above 0; those of weight 0 are left out.
         to: what counts as yield: "residual", the squared balance residual of the drawn trajectory, or
-            "mass", its share of the context's reward. Short trials on held-out contexts (synthetic logs and
-            MovieLens): under trajectory balance "residual" came closer to the reward's distribution in total
-            variation and in the residual of random and of the policy's own items than fixed weights and the
-            curriculum did, but stayed behind the curriculum, and "mass" near it, in KL(reward || policy).
+            "mass", its share of the context's reward. Short trials on held-out contexts (synthetic logs, two
+            seeds, and MovieLens, one): under trajectory balance "residual" came closer to the reward's
+            distribution in total variation and in the residual of random and of the policy's own items than
+            fixed weights and the curriculum did, but stayed behind the curriculum in KL(reward || policy).
             Under child flow matching, whose loss is bounded and no squared residual, take "mass": "residual"
             sends it to unlikely items, to no use.
         rate: how fast old draws are forgotten; above 0, at most 1.
