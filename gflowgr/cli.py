@@ -490,8 +490,8 @@ def _add_reproduce(commands: Any) -> None:
         "reproduce",
         _reproduce,
         "run the missing cells of the table of methods",
-        "A cell is a row on a data set with a seed; it is left out if its result file is there. What a row is "
-        "built on runs first. A run that was interrupted goes on from its last checkpoint.",
+        "A cell is a row on a data set with a seed; it is left out if its result file is there. What a row "
+        "is built on runs first. A run that was interrupted goes on from its last checkpoint.",
         "gflowgr reproduce --data data --dataset scientific --rows sft gflowgr --seeds 0 1 2 --jobs 2",
     )
     parser.add_argument(
