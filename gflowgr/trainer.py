@@ -454,7 +454,7 @@ class GFlowGRTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int] | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy == "group_by_length":
-            # Of all processes together: they wait for each other, and share a step as one would have taken it.
+            # Of all processes together: they wait for each other, and their step is one process's.
             size = self._train_batch_size * self.args.world_size
             return LikeLengths(dataset, size, self.args.seed)
         sampler: torch.utils.data.Sampler[int] | None = super()._get_train_sampler(train_dataset)
