@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from gflowgr import backbones, collaborative
+from gflowgr.adaptive import AdaptiveWeights
 from gflowgr.backbones import GenerativeRecommender
 from gflowgr.collaborative import CollaborativeModel
 from gflowgr.config import GFlowGRConfig, check_keys
@@ -24,7 +25,7 @@ from gflowgr.rewards import (
     SimilarityReward,
     UniformReward,
 )
-from gflowgr.sampling import TrajectorySampler
+from gflowgr.sampling import TrajectorySampler, adaptive_weights
 from gflowgr.semantic_ids import SemanticIds
 from gflowgr.settings import check_options, merge, section
 from gflowgr.shared_prefixes import SharedPrefixes
@@ -97,7 +98,7 @@ class Plan:
             reward["terms"] = section(settings["reward"], "terms")
         sampler = section(settings, "sampler")
         _check_reward(reward)
-        check_options(TrajectorySampler, sampler, "sampler", ("num_items", "num_trajectories", "seed"))
+        _check_sampler(sampler)
         split_settings = section(settings, "split")
         check_options(split, split_settings, "split", ("log", "max_items"))
         contexts = settings.get("contexts") or "auto"
@@ -251,6 +252,16 @@ def _check_collaborative(settings: dict[str, Any]) -> None:
     options = {key: value for key, value in settings.items() if key != "model"}
     fit = collaborative.MODELS[name].fit  # type: ignore[attr-defined]
     check_options(fit, options, f"collaborative of model {name!r}", ("sequences", "num_items", "validation"))
+
+
+def _check_sampler(sampler: dict[str, Any]) -> None:
+    check_options(TrajectorySampler, sampler, "sampler", ("num_items", "num_trajectories", "seed"))
+    if sampler.get("adapt") is not None:
+        adapt = section(sampler, "adapt")
+        check_options(AdaptiveWeights, adapt, "sampler.adapt", ("strategies",))
+        adaptive_weights(sampler.get("strategies", "collaborative"), adapt)
+    if sampler.get("replay") is not None and not Path(sampler["replay"]).is_file():
+        raise FileNotFoundError(f"sampler.replay: {sampler['replay']} is not a file")
 
 
 def _check_reward(reward: dict[str, Any]) -> None:

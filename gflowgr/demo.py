@@ -25,6 +25,7 @@ from gflowgr.folders import DataFolder, remove, require_free, write_text
 from gflowgr.generation import generate
 from gflowgr.metrics import ranking_metrics
 from gflowgr.pipeline import TrainedRun
+from gflowgr.recipes import GFLOWGR
 from gflowgr.report import Report
 from gflowgr.semantic_ids import embed_text
 from gflowgr.settings import merge
@@ -306,19 +307,20 @@ class _Demo:
         budget = self.budget
         further = budget.extra_steps * budget.windows / self._contexts_of_histories()
         steps = budget.steps + round(further)
-        settings = {
+        own = {
             "collaborative": {"path": str(self.output / "sasrec.safetensors")},
-            "reward": {"weights": {"collaborative": 0.8, "interaction": 0.2}},
-            "training": self._from_scratch(steps) | {"objective": "flow_matching"},
+            "training": self._from_scratch(steps),
         }
+        settings = merge(GFLOWGR, own)
         trained = self._train(OURS, settings)
         self._add_run(
             OURS,
             trained,
             f"The same model trained from scratch by child flow matching with exact flows: {steps} steps of "
             f"{budget.rows} whole histories, so as many contexts as {CONTINUED} has seen in all; the "
-            "reward is "
-            "80 % SASRec's distribution and 20 % the observed item.",
+            f"reward is {GFLOWGR['reward']['weights']['collaborative']:.0%} SASRec's distribution, made "
+            "sharper, and the rest the observed item; SASRec goes on with "
+            f"{GFLOWGR['training']['rollout_share']:.0%} of the histories in the users' place.",
             self._contexts_of_histories(),
             steps,
             teacher=True,

@@ -89,6 +89,22 @@ class TrajectoryBatch:
         ends = self.nodes.gather(-1, self.mask.sum(-1, keepdim=True)).squeeze(-1)
         return (ends.unsqueeze(-1) == ends.unsqueeze(-2)).tril(-1).any(-1)
 
+    @cached_property
+    def mass_shares(self) -> Tensor:
+        """The share of its context's reward that each trajectory's end holds, (C, K), without gradient."""
+        assert self.log_flows is not None
+        return (self.log_rewards - self.log_flows[:, :1]).detach().exp()
+
+    @cached_property
+    def squared_residuals(self) -> Tensor:
+        """(log Z + log P_F - log R)^2 of each trajectory under the exact Z, (C, K), without gradient.
+
+        Whatever the objective is, all of them have their optimum where this is 0: for child flow matching it
+        is the square of the summed log-ratios p* / P_F along the trajectory.
+        """
+        assert self.log_flows is not None
+        return (self.log_flows[:, :1] + self.log_probs.sum(-1) - self.log_rewards).detach().square()
+
     def flows_along(self, flows: str) -> Tensor:
         """log F of the states of each trajectory, (C, K, L + 1), log R at its end."""
         if flows == "exact":
@@ -132,9 +148,8 @@ def diagnostics(batch: TrajectoryBatch) -> dict[str, float]:
     figures: dict[str, float] = {}
     if batch.log_flows is not None:
         log_z = batch.log_flows[:, 0]
-        residual = log_z.unsqueeze(-1) + batch.log_probs.sum(-1) - batch.log_rewards
         figures["log_z"] = float(log_z.mean())
-        figures["residual"] = float(residual.square().mean())
+        figures["residual"] = float(batch.squared_residuals.mean())
         found = torch.logsumexp(batch.log_rewards.masked_fill(batch.repeated, -torch.inf), -1) - log_z
         figures["reward_mass_found"] = float(found.exp().mean())
     if batch.learned_log_flows is not None:

@@ -88,15 +88,20 @@ def page(title: str, facts: str, sections: Sequence[str], style: str = "") -> st
     return "\n".join(part for part in parts if part)
 
 
-def embed(figure: Figure, alt: str, caption: str) -> str:
-    """A figure as HTML, with what it shows in words for those who cannot see it."""
+def svg(figure: Figure) -> bytes:
+    """A figure as an SVG file, the same for the same numbers."""
     import matplotlib
 
     stream = io.BytesIO()
-    # Without a date and with a salt of ours, the same numbers give the same file.
+    # A date, or identifiers without a salt of ours, would make every file another.
     with matplotlib.rc_context({"svg.hashsalt": "gflowgr"}):
         figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
-    data = base64.b64encode(stream.getvalue()).decode()
+    return stream.getvalue()
+
+
+def embed(figure: Figure, alt: str, caption: str) -> str:
+    """A figure as HTML, with what it shows in words for those who cannot see it."""
+    data = base64.b64encode(svg(figure)).decode()
     width, height = (round(inches * 96) for inches in figure.get_size_inches())
     return (
         f'<figure><img src="data:image/svg+xml;base64,{data}" width="{width}" height="{height}" '

@@ -43,6 +43,7 @@ from gflowgr.trie import PrefixTrie
 if TYPE_CHECKING:
     import pandas
 
+    from gflowgr.adaptive import WeightSchedule
     from gflowgr.assembly import Plan
     from gflowgr.backbones import GenerativeRecommender
     from gflowgr.collaborative import CollaborativeModel
@@ -332,7 +333,9 @@ def train(
 
     Args:
         data: a folder that `prepare` and `tokenize` made.
-        output: the folder to make: checkpoint, config.yaml, log.json, metrics.json, users.npz, items.parquet.
+        output: the folder to make: checkpoint, config.yaml, log.json, metrics.json, users.npz, items.parquet;
+            and, where the sampler adapts or replays, its weights in each step (schedule.json) and their
+            figure (schedule.svg).
         settings: sections as in `gflowgr.assembly.Plan`; nothing for the defaults.
         resume: whether to go on with a run that was interrupted.
         overwrite: whether a run that is there, whole or interrupted, may be replaced.
@@ -361,8 +364,19 @@ def train(
         fitted.collaborative_seconds,
     )
     if fitted.trainer.is_world_process_zero():
+        sampler = fitted.trainer.sampler
+        if sampler is not None and sampler.mixture is not None:
+            _write_schedule(partial, sampler.mixture)
         _finish(partial, run, folder.items, fitted.parts)
     return run
+
+
+def _write_schedule(partial: Path, schedule: WeightSchedule) -> None:
+    from gflowgr.adaptive import SCHEDULE
+    from gflowgr.report import chart_svg
+
+    schedule.save(partial / SCHEDULE)
+    write_text((partial / SCHEDULE).with_suffix(".svg"), chart_svg(schedule.chart()))
 
 
 def _check_settings(settings: Mapping[str, Any]) -> None:

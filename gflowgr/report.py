@@ -28,6 +28,7 @@ from gflowgr.page import (
     page,
     percent,
     signed,
+    svg,
 )
 
 if TYPE_CHECKING:
@@ -378,6 +379,11 @@ def _settings_section(report: Report) -> str:
         for name, values in groups.items()
     )
     return f"<section><h2>Settings and versions</h2>{blocks}</section>"
+
+
+def chart_svg(chart: Chart) -> str:
+    """A chart as the text of an SVG file, the same for the same numbers."""
+    return svg(_lines(chart, dict(zip(chart.lines, COLOURS, strict=False)))).decode()
 
 
 def _whiskers(estimates: Mapping[str, Estimate], subject: str, metric: str) -> Figure:

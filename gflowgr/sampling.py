@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from gflowgr.adaptive import AdaptiveWeights, WeightSchedule
 
 STRATEGIES = ("target", "observed", "random", "collaborative", "policy")
 TARGET, OBSERVED, RANDOM, COLLABORATIVE, POLICY = range(len(STRATEGIES))
 SCHEDULES = ("curriculum", "constant")
 
 # One purpose of the random numbers each, so that no two purposes share draws.
-STREAM_STRATEGY, STREAM_OBSERVED, STREAM_COLLABORATIVE, STREAM_RANDOM = range(4)
+STREAM_STRATEGY, STREAM_OBSERVED, STREAM_COLLABORATIVE, STREAM_RANDOM, STREAM_POLICY = range(5)
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,18 @@ class Draw:
         counts = torch.bincount(drawn.flatten().long(), minlength=len(STRATEGIES)).tolist()
         return {name: counts[i] / max(1, drawn.numel()) for i, name in enumerate(STRATEGIES) if i != TARGET}
 
+    def totals(self, yields: Tensor) -> Tensor:
+        """Of `yields` (B, K), column 0 left out: the sum and the number for each of `STRATEGIES`.
+
+        (2, 5) float64 on the host; those of a batch's parts add up to those of the batch.
+        """
+        if yields.shape != self.strategy.shape:
+            raise ValueError(f"yields: got shape {tuple(yields.shape)}, need {tuple(self.strategy.shape)}")
+        drawn = self.strategy[:, 1:].flatten().long().cpu()
+        given = yields[:, 1:].detach().flatten().cpu().double()
+        rows = (given, torch.ones_like(given))
+        return torch.stack([torch.bincount(drawn, weights=row, minlength=len(STRATEGIES)) for row in rows])
+
 
 class TrajectorySampler:
     """Draws K distinct items a context, the observed target always first.
@@ -54,6 +70,10 @@ class TrajectorySampler:
       accident of their numbering (an item-kNN scores most of the catalogue 0).
     * `policy`: the model's own items, in the order in which it gives them.
 
+    The weights are the same in every step, unless `adapt` makes them follow what each strategy yields (the
+    arguments of `gflowgr.adaptive.AdaptiveWeights`, told by `learn` after each step), or `replay` gives those
+    of another run of the same strategies: a `WeightSchedule` or the file of one.
+
     A slot that its strategy cannot fill (no later items, too few distinct policy items, a pool cut short by
     ties) falls to `random`, and `Draw.strategy` says so.
 
@@ -63,9 +83,9 @@ class TrajectorySampler:
     whole item. The picks are uniform without replacement inside the window. `"constant"`: the window is
     the whole pool.
 
-    A draw is a plain function of (seed, step, example index) and of that example's own inputs: neither the
-    rest of the batch nor the process matters, so a run can be replayed and sharded. It runs in numpy on the
-    host (only the search for the pool runs where `scores` lives).
+    A draw is a plain function of (seed, step, example index), of that example's own inputs and of the step's
+    weights: neither the rest of the batch nor the process matters, so a run can be replayed and sharded. It
+    runs in numpy on the host (only the search for the pool runs where `scores` lives).
 
     Raises ValueError or TypeError for settings that cannot work, K larger than the catalogue among them.
     Source: GFlowGR (arXiv 2506.16114), trajectory sampler; the mixtures are not in the paper.
@@ -80,6 +100,8 @@ class TrajectorySampler:
         schedule: str = "curriculum",
         pool_size: int | None = None,
         popularity: Tensor | np.ndarray | None = None,
+        adapt: Mapping[str, Any] | None = None,
+        replay: WeightSchedule | str | os.PathLike[str] | None = None,
         seed: int = 0,
     ) -> None:
         _check_count("num_items", num_items, 1)
@@ -104,6 +126,7 @@ class TrajectorySampler:
         self.pool_size = pool_size
         self.seed = int(seed)
         self.weights = _strategy_weights(strategies)
+        self.mixture = _mixture(strategies, adapt, replay)
         self._mass, self._cumulative = _integer_masses(popularity, num_items)
 
     def progress(self, step: int, total_steps: int) -> float:
@@ -111,6 +134,24 @@ class TrajectorySampler:
         _check_count("step", step, 0)
         _check_count("total_steps", total_steps, 1)
         return min(1.0, step / max(1, total_steps - 1))
+
+    def weights_at(self, step: int) -> np.ndarray:
+        """The weight of each of `STRATEGIES` in a step, (5,)."""
+        if self.mixture is None:
+            return self.weights
+        weights = np.zeros(len(STRATEGIES))
+        weights[[STRATEGIES.index(name) for name in self.mixture.strategies]] = self.mixture.at(step)
+        return weights
+
+    def learn(self, step: int, totals: Tensor) -> None:
+        """Adapts the next step's weights to this one's `Draw.totals`, summed over all processes.
+
+        Raises ValueError where the sampler does not adapt, and as `AdaptiveWeights.learn`.
+        """
+        if not isinstance(self.mixture, AdaptiveWeights):
+            raise ValueError("learn: this sampler's weights do not adapt, need one made with adapt")
+        sums, counts = totals[:, [STRATEGIES.index(name) for name in self.mixture.strategies]].numpy()
+        self.mixture.learn(step, sums, counts)
 
     def draw(
         self,
@@ -134,26 +175,27 @@ class TrajectorySampler:
         raises ValueError.
         """
         progress = self.progress(step, total_steps)
+        weights = self.weights_at(step)
         rows = self._rows(index=index, target=target, history=history, future=future)
         index_, target_ = rows["index"], rows["target"]
         items = np.full((len(target_), self.num_trajectories), -1)
         items[:, 0] = target_
-        wanted = self._choose_strategies(step, index_)
+        wanted = self._choose_strategies(weights, step, index_)
         filled_by = np.full(items.shape, RANDOM, dtype=np.int8)
         filled_by[:, 0] = TARGET
 
-        if self._uses(OBSERVED, future is not None, "future"):
+        if _uses(weights, OBSERVED, future is not None, "future"):
             candidates = rows["future"]
             keys = self._keys(step, index_, STREAM_OBSERVED, candidates)
             filled = _fill(items, wanted == OBSERVED, candidates, _first_seen(candidates), keys)
             filled_by[:, 1:][filled] = OBSERVED
-        if self._uses(COLLABORATIVE, scores is not None, "scores"):
+        if _uses(weights, COLLABORATIVE, scores is not None, "scores"):
             assert scores is not None
             candidates, usable = self._pool(scores, target)
             usable &= self._window(usable, progress)
             keys = self._keys(step, index_, STREAM_COLLABORATIVE, candidates)
             filled_by[:, 1:][_fill(items, wanted == COLLABORATIVE, candidates, usable, keys)] = COLLABORATIVE
-        if self._uses(POLICY, policy_items is not None, "policy_items"):
+        if _uses(weights, POLICY, policy_items is not None, "policy_items"):
             assert policy_items is not None
             given = policy_items(self.num_trajectories)
             candidates = self._item_ids("policy_items", given, (len(target_), None), lowest=-1)
@@ -165,19 +207,12 @@ class TrajectorySampler:
         )
         return Draw(torch.from_numpy(items).to(target.device), torch.from_numpy(filled_by).to(target.device))
 
-    def _uses(self, strategy: int, given: bool, argument: str) -> bool:
-        if self.weights[strategy] == 0.0:
-            return False
-        if not given:
-            raise ValueError(f"{argument}: got None, need it for strategy {STRATEGIES[strategy]!r}")
-        return True
-
-    def _choose_strategies(self, step: int, index: np.ndarray) -> np.ndarray:
+    def _choose_strategies(self, weights: np.ndarray, step: int, index: np.ndarray) -> np.ndarray:
         slots = np.arange(1, self.num_trajectories)
         uniform = (_hash(self.seed, step, index[:, None], STREAM_STRATEGY, slots) >> np.uint64(11)) * 2.0**-53
         # Weights sum to 1 up to rounding; the last strategy with weight takes the rounding.
-        last = np.flatnonzero(self.weights)[-1]
-        return np.minimum(np.searchsorted(np.cumsum(self.weights), uniform, side="right"), last)
+        last = np.flatnonzero(weights)[-1]
+        return np.minimum(np.searchsorted(np.cumsum(weights), uniform, side="right"), last)
 
     def _keys(self, step: int, index: np.ndarray, stream: int, items: np.ndarray) -> np.ndarray:
         # Keyed by item, not by column, so that neither padding nor order of the candidates matters.
@@ -270,6 +305,20 @@ class TrajectorySampler:
         return array
 
 
+def policy_seeds(seed: int, step: int, index: Tensor) -> Tensor:
+    """A seed (B,) int64 for each example's own draws from the model in a step, on the device of `index`."""
+    seeds = _hash(seed, step, _integers("index", index, (None,)), STREAM_POLICY) >> np.uint64(1)
+    return torch.from_numpy(seeds.astype(np.int64)).to(index.device)
+
+
+def _uses(weights: np.ndarray, strategy: int, given: bool, argument: str) -> bool:
+    if weights[strategy] == 0.0:
+        return False
+    if not given:
+        raise ValueError(f"{argument}: got None, need it for strategy {STRATEGIES[strategy]!r}")
+    return True
+
+
 def _fill(
     items: np.ndarray, slots: np.ndarray, candidates: np.ndarray, usable: np.ndarray, keys: np.ndarray
 ) -> np.ndarray:
@@ -338,6 +387,34 @@ def _strategy_weights(strategies: str | Mapping[str, float]) -> np.ndarray:
     if weights.sum() == 0.0:
         raise ValueError("strategies: got no strategy with a weight above 0, need at least one")
     return weights / weights.sum()
+
+
+def _mixture(
+    strategies: str | Mapping[str, float],
+    adapt: Mapping[str, Any] | None,
+    replay: WeightSchedule | str | os.PathLike[str] | None,
+) -> WeightSchedule | None:
+    if adapt is not None and replay is not None:
+        raise ValueError("adapt, replay: got both, need one: replayed weights do not adapt")
+    if adapt is not None:
+        return adaptive_weights(strategies, adapt)
+    if replay is None:
+        return None
+    schedule = replay if isinstance(replay, WeightSchedule) else WeightSchedule.load(replay)
+    weights = _strategy_weights(strategies)
+    given = {name for name, weight in zip(STRATEGIES, weights, strict=True) if weight}
+    if set(schedule.strategies) != given:
+        raise ValueError(
+            f"replay: got a schedule of {', '.join(schedule.strategies)}, need the strategies' "
+            f"{', '.join(sorted(given))}"
+        )
+    return schedule
+
+
+def adaptive_weights(strategies: str | Mapping[str, float], adapt: Mapping[str, Any]) -> AdaptiveWeights:
+    """The weights that a sampler of these strategies adapts, in the order of `STRATEGIES`; raises as both."""
+    weights = _strategy_weights(strategies).tolist()
+    return AdaptiveWeights(dict(zip(STRATEGIES, weights, strict=True)), **adapt)
 
 
 def _integer_masses(popularity: Tensor | np.ndarray | None, num_items: int) -> tuple[np.ndarray, np.ndarray]:

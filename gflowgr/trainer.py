@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerControl
 
 from gflowgr import generation, ops
+from gflowgr.adaptive import SCHEDULE, AdaptiveWeights
 from gflowgr.backbones import GenerativeRecommender
 from gflowgr.baselines import baseline_diagnostics, baseline_loss
 from gflowgr.collaborative import CollaborativeModel
@@ -31,12 +32,12 @@ from gflowgr.ops._random import random_bits
 from gflowgr.reference_policy import ReferencePolicy
 from gflowgr.rewards import RewardContext, RewardModel
 from gflowgr.rollouts import roll_out, roll_out_window
-from gflowgr.sampling import POLICY, STRATEGIES, TARGET, Draw, TrajectorySampler
+from gflowgr.sampling import POLICY, STRATEGIES, TARGET, Draw, TrajectorySampler, policy_seeds
 
 _HEADS = "gflownet_heads.safetensors"
 _REFERENCE = "reference.json"
-# One purpose of a step's random numbers each.
-_POLICY_ITEMS, _ROLLOUTS = range(2)
+# What a step's random numbers are for, so that another purpose would not share them.
+_ROLLOUTS = 1
 
 
 @dataclass(frozen=True)
@@ -326,7 +327,7 @@ class GFlowGRTrainer(Trainer):
             history=inputs["history"],
             future=inputs["future"],
             scores=scores,
-            policy_items=self._policy_items(inputs["history"]),
+            policy_items=self._policy_items(inputs),
         )
 
     def _group(self, inputs: dict[str, Tensor]) -> Draw:
@@ -336,18 +337,19 @@ class GFlowGRTrainer(Trainer):
         would hide from the policy each time that it is right.
         """
         assert isinstance(self.args, GFlowGRConfig)
-        drawn = self._policy_items(inputs["history"])(self.args.num_trajectories - 1)
+        drawn = self._policy_items(inputs)(self.args.num_trajectories - 1)
         strategy = torch.full((len(drawn), self.args.num_trajectories), POLICY, dtype=torch.int8)
         strategy[:, 0] = TARGET
         items = torch.cat([inputs["target"].unsqueeze(1), drawn], 1)
         return Draw(items, strategy.to(items.device))
 
-    def _policy_items(self, history: Tensor) -> Callable[[int], Tensor]:
-        """The model's own items for the "policy" strategy, drawn by a seed of this step."""
+    def _policy_items(self, inputs: dict[str, Tensor]) -> Callable[[int], Tensor]:
+        """The model's own items, independent draws by a seed of this step and each example."""
+        # One seed for a whole batch would give the same draws to the same place on every process.
+        seeds = policy_seeds(self.args.seed, self.state.global_step, inputs["index"])
 
         def draw(count: int) -> Tensor:
-            generator = self._generator(history.device, _POLICY_ITEMS)
-            return generation.sample(self.policy.recommender, history, count, generator=generator).items
+            return generation.sample(self.policy.recommender, inputs["history"], count, seeds=seeds).items
 
         return draw
 
@@ -374,6 +376,7 @@ class GFlowGRTrainer(Trainer):
             seen = (drawn.unsqueeze(-1) == contexts.history.unsqueeze(1)).any(-1)
             self._figures["off_history_share"].append(float((~seen).float().mean()))
             self._record_mass_found(outputs["batch"], draw)
+            self._adapt_sampler(outputs["batch"], draw)
         if (self.state.global_step + 1) % max(int(self.state.logging_steps), 1) == 0:
             batch = outputs["batch"]
             for name, figure in {
@@ -386,11 +389,31 @@ class GFlowGRTrainer(Trainer):
         """The share of the reward that a drawn item holds, by the strategy that drew it."""
         if batch.log_flows is None:
             return
-        share = (batch.log_rewards.detach() - batch.log_flows[:, :1].detach()).exp()
         for number, name in enumerate(STRATEGIES):
-            chosen = share[draw.strategy == number]
+            chosen = batch.mass_shares[draw.strategy == number]
             if chosen.numel():
                 self._figures[f"mass_per_draw/{name}"].append(float(chosen.mean()))
+
+    def _adapt_sampler(self, batch: TrajectoryBatch, draw: Draw) -> None:
+        """Tells the sampler what its draws yielded, on all processes together, so that all weigh alike."""
+        if self.sampler is None:
+            return
+        step = self.state.global_step
+        if self.sampler.mixture is not None:
+            for name, weight in zip(STRATEGIES, self.sampler.weights_at(step), strict=True):
+                if weight:
+                    self._figures[f"weight/{name}"].append(float(weight))
+        if self._adaptive is None:
+            return
+        totals = draw.totals(
+            batch.squared_residuals if self._adaptive.to == "residual" else batch.mass_shares
+        )
+        if self.accelerator.num_processes > 1:
+            totals = self.accelerator.reduce(totals.to(self.args.device), reduction="sum").cpu()
+        self.sampler.learn(step, totals)
+        for name, total, count in zip(STRATEGIES, *totals.tolist(), strict=True):
+            if count:
+                self._figures[f"yield/{name}"].append(total / count)
 
     def _cause(self, outputs: dict[str, Any]) -> str:
         """Why a loss is not finite."""
@@ -419,14 +442,23 @@ class GFlowGRTrainer(Trainer):
             self._timer = time.perf_counter()
         super().log(logs, start_time)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         self._timer = time.perf_counter()
-        return super().train(*args, **kwargs)
+        if not resume_from_checkpoint and self._adaptive is not None:
+            self._adaptive.restart()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    @property
+    def _adaptive(self) -> AdaptiveWeights | None:
+        mixture = None if self.sampler is None else self.sampler.mixture
+        return mixture if isinstance(mixture, AdaptiveWeights) else None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int] | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy == "group_by_length":
-            return LikeLengths(dataset, self._train_batch_size, self.args.seed)
+            # Of all processes together: they wait for each other, and their step is one process's.
+            size = self._train_batch_size * self.args.world_size
+            return LikeLengths(dataset, size, self.args.seed)
         sampler: torch.utils.data.Sampler[int] | None = super()._get_train_sampler(train_dataset)
         return sampler
 
@@ -492,10 +524,14 @@ class GFlowGRTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
         self.policy.save_pretrained(folder)
+        if self._adaptive is not None:
+            self._adaptive.save(folder / SCHEDULE)
         torch.save(self.args, folder / "training_args.bin")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.policy.load_weights(resume_from_checkpoint)
+        if self._adaptive is not None:
+            self._adaptive.resume(Path(resume_from_checkpoint) / SCHEDULE)
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
@@ -571,6 +607,8 @@ def _check_parts(
         )
     if args.rollout_share and collaborative is None:
         raise ValueError(f"collaborative is None, needs a recommender for rollout_share={args.rollout_share}")
+    if sampler is not None and isinstance(sampler.mixture, AdaptiveWeights) and reward_model is None:
+        raise ValueError("reward_model is None, needs a RewardModel for a sampler that adapts to yields")
     for name, part in (
         ("sampler", sampler),
         ("reward_model", reward_model),

@@ -269,6 +269,26 @@ class TestInteractionLog:
             assert getattr(back, name).dtype == getattr(log, name).dtype
         assert [path.name for path in tmp_path.iterdir()] == ["log"]
 
+    @settings(deadline=None)
+    @given(st.lists(st.lists(st.integers(0, 8), min_size=1, max_size=6), min_size=1, max_size=6))
+    def test_without_the_last_interaction_of_each_user(self, histories: list[list[int]]) -> None:
+        log = make_log([*histories, [0, 1]], num_items=12)
+        shorter = log.without_last()
+        assert by_user(shorter) == [rows[:-1] for rows in by_user(log)]
+        # A user of one interaction has none left, but the numbers of the others stay.
+        assert shorter.user_ids.tolist() == log.user_ids.tolist()
+        assert shorter.item_ids.tolist() == log.item_ids.tolist()
+        for name in ("user", "item", "timestamp", "value"):
+            assert getattr(shorter, name).dtype == getattr(log, name).dtype
+
+    def test_the_last_of_equal_times_is_the_last_in_order(self) -> None:
+        log = read_log(frame_of(user_id=["a"] * 3, item_id=[5, 3, 4], timestamp=[1, 2, 2]))
+        assert log.item_ids[log.without_last().item].tolist() == [5, 3]
+
+    def test_nothing_but_last_interactions(self) -> None:
+        with pytest.raises(ValueError, match="at least one interaction"):
+            make_log([[0], [1]]).without_last()
+
     def test_a_failed_save_leaves_the_old_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path = tmp_path / "log.parquet"
         make_log([[0, 1, 2]]).save(path)
@@ -451,6 +471,46 @@ class TestLeaveOneOut:
         check_split(result, parts, (max_history, max_future))
         assert result.num_items == log.num_items
 
+    @settings(deadline=None)
+    @given(
+        st.lists(st.lists(st.integers(0, 8), min_size=2, max_size=25), min_size=1, max_size=6),
+        st.integers(1, 6),
+        st.integers(0, 4),
+    )
+    def test_one_held_out_item_is_for_validation(
+        self, histories: list[list[int]], max_history: int, max_future: int
+    ) -> None:
+        log = make_log([*histories, [0, 1, 2]])
+        result = split(log, held_out=1, max_history=max_history, max_future=max_future)
+        parts = []
+        for rows in by_user(log):
+            pairs = [(item, value) for item, value, _ in rows]
+            parts.append([pairs[:-1], pairs[-1:], []])
+        check_split(result, parts, (max_history, max_future))
+        assert len(result.test) == 0 and len(result.validation) == log.num_users
+
+    @settings(deadline=None)
+    @given(st.lists(st.lists(st.integers(0, 8), min_size=3, max_size=9), min_size=1, max_size=6))
+    def test_a_log_without_its_test_items_trains_and_validates_alike(
+        self, histories: list[list[int]]
+    ) -> None:
+        log = make_log([*histories, [0, 1, 2, 3]])
+        whole, without = split(log), split(log.without_last(), held_out=1)
+        for name in ("train", "validation", "histories"):
+            first, second = vars(getattr(whole, name)), vars(getattr(without, name))
+            assert first.keys() == second.keys()
+            assert all(torch.equal(first[field], second[field]) for field in first)
+        np.testing.assert_array_equal(whole.sequences.items, without.sequences.items)
+        np.testing.assert_array_equal(whole.sequences.offsets, without.sequences.offsets)
+        assert whole.num_items == without.num_items
+
+    def test_one_held_out_item_needs_two_interactions_of_each_user(self) -> None:
+        log = make_log([[0, 1, 2], [0], [2, 3], [1]])
+        with pytest.raises(
+            ValueError, match=r"needs 2 interactions .* 2 of 4 users .* user 1 has 1; k_core.*2"
+        ):
+            split(log, held_out=1)
+
     def test_by_hand(self) -> None:
         result = split(make_log([[5, 6, 5, 7, 7, 8, 9, 4]]), max_history=3, max_future=2)
         assert result.train.history.tolist() == [[5, -1, -1], [5, 6, -1], [5, 6, 5], [6, 5, 7], [5, 7, 7]]
@@ -482,6 +542,9 @@ class TestLeaveOneOut:
             ({"max_future": -1}, "max_future needs to be at least 0, got -1"),
             ({"max_items": 1}, "max_items needs to be at least 2, got 1"),
             ({"method": "random"}, "'random'"),
+            ({"held_out": 0}, "held_out needs to be 2, or 1 with method .*, got 0"),
+            ({"held_out": 3}, "held_out .* got 3"),
+            ({"held_out": 1, "method": "time"}, "held_out .* got 1"),
             ({"method": "time", "test_fraction": 0}, "test_fraction .* got 0"),
             ({"method": "time", "test_fraction": 0.5, "validation_fraction": 0.5}, "less than 1"),
         ],

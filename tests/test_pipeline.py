@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from transformers import TrainerCallback
 
 from gflowgr import pipeline
+from gflowgr.adaptive import WeightSchedule
 from gflowgr.assembly import SECTIONS, Plan
 from gflowgr.backbones import GenerativeRecommender
 from gflowgr.collaborative import SASRec, SASRecNetwork
@@ -358,6 +359,10 @@ def test_recommend_names_an_item_it_does_not_know(
         ("reward.terms={likeness: {}}", "likeness"),
         ("reward.terms={collaborative: {temprature: 2}}", "temprature.*'temperature'"),
         ("sampler.stratgies=random", "stratgies.*'strategies'"),
+        ("sampler.adapt={to: resid}", "to: got 'resid'"),
+        ("sampler={strategies: {random: 1, policy: 1}, adapt: {rat: 1}}", "'rat'.*'rate'"),
+        ("sampler={strategies: {random: 1, policy: 1}, adapt: {rate: 0}}", "rate: got 0"),
+        ("sampler.adapt={}", "strategies: got collaborative, need at least two"),
         ("collaborative.model=bert", "bert.*sasrec"),
         ("collaborative.neighbors=3", "neighbors.*'neighbours'"),
         ("training.learning_rat=1", "learning_rat.*'learning_rate'"),
@@ -515,6 +520,29 @@ def test_a_group_is_the_policys_whatever_a_sampler_is_told(sampler: dict[str, An
         Plan.of(settings)
 
 
+def test_an_adaptive_run_writes_its_weights_and_can_be_replayed(prepared: Path, tmp_path: Path) -> None:
+    pairs = [
+        "training.objective=tb",
+        "training.num_trajectories=3",
+        "sampler.strategies={collaborative: 2, policy: 1, random: 1}",
+    ]
+    settings = override(SMALL, [*pairs, "sampler.adapt={to: mass, rate: 0.3}"])
+    run = pipeline.train(prepared, tmp_path / "run", settings)
+    schedule = WeightSchedule.load(run.path / "schedule.json")
+    assert set(schedule.strategies) == {"collaborative", "policy", "random"} and len(schedule.rows) == 7
+    logged = [entry["weight/policy"] for entry in run.history if "loss" in entry]
+    column = schedule.strategies.index("policy")
+    assert logged == pytest.approx([row[column] for row in schedule.rows[:6]])
+    assert logged[0] == 0.25 and logged[-1] != 0.25
+    assert "<svg" in (run.path / "schedule.svg").read_text()
+    replay = override(SMALL, [*pairs, f"sampler.replay={run.path / 'schedule.json'}"])
+    again = pipeline.train(prepared, tmp_path / "again", replay)
+    losses = [[entry["loss"] for entry in each.history if "loss" in entry] for each in (run, again)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    with pytest.raises(FileNotFoundError, match=r"sampler\.replay.*is not a file"):
+        Plan.of(override(settings, ["sampler.replay=nowhere.json"]))
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_configs_of_the_repository_hold_no_wrong_key(path: Path) -> None:
     settings = read_yaml(path)
@@ -524,7 +552,7 @@ def test_the_configs_of_the_repository_hold_no_wrong_key(path: Path) -> None:
 
 
 def test_there_are_configs() -> None:
-    assert {path.stem for path in CONFIGS} >= {"sft", "gflowgr", "paper-tb", "t5"}
+    assert {path.stem for path in CONFIGS} >= {"sft", "gflowgr", "paper-tb", "t5", "adaptive"}
 
 
 @given(

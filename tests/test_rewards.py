@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -17,6 +18,7 @@ from gflowgr.rewards import (
     RewardContext,
     RewardModel,
     SimilarityReward,
+    UniformReward,
 )
 
 
@@ -82,6 +84,79 @@ def test_interaction_maps_logged_behaviours_to_rewards() -> None:
         ValueError, match=r"value: got 3.0, which the mapping lacks; it has \[0.0, 1.0, 2.0\]"
     ):
         term.catalogue(unknown, 3)
+
+
+@pytest.mark.parametrize(
+    ("mapping", "of_nothing"), [({1.0: 1.0, 4.0: 10.0}, 0.0), ({0.0: 3.0, 4.0: 10.0}, 3.0)]
+)
+def test_what_nobody_took_is_worth_nothing_unless_the_mapping_says_otherwise(
+    mapping: dict[float, float], of_nothing: float
+) -> None:
+    context = RewardContext(
+        history=torch.tensor([[1], [2], [3]]),
+        target=torch.tensor([0, 1, 2]),
+        value=torch.tensor([0.0, 4.0, 0.0]),
+        future=torch.tensor([[3], [3], [-1]]),
+        future_value=torch.tensor([[4.0], [0.0], [0.0]]),
+    )
+    term = InteractionReward(mapping, future_scale=0.5)
+    expected = torch.zeros(3, 5)
+    expected[0, 0] = expected[2, 2] = of_nothing
+    expected[1, 1], expected[0, 3], expected[1, 3] = 10.0, 5.0, 0.5 * of_nothing
+    assert torch.equal(term(context, catalogue_items(3, 5)), expected)
+    assert torch.equal(term.catalogue(context, 5), expected)
+
+
+@pytest.mark.parametrize("value", [0.5, -0.0001, 2.0, 9.0])
+def test_other_values_than_0_have_to_be_in_the_mapping(value: float) -> None:
+    context = RewardContext(
+        history=torch.tensor([[1], [1]]), target=torch.tensor([0, 2]), value=torch.tensor([0.0, value])
+    )
+    with pytest.raises(ValueError, match=r"value: got .*, which the mapping lacks; it has \[1\.0, 4\.0\]"):
+        InteractionReward({4.0: 10.0, 1.0: 1.0}).catalogue(context, 3)
+
+
+def test_a_target_of_value_0_leaves_the_mass_to_the_other_terms() -> None:
+    context = random_context(3)
+    context = dataclasses.replace(context, value=torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0]))
+    model = RewardModel(
+        {"collaborative": CollaborativeReward(), "interaction": InteractionReward({1.0: 2.0})},
+        num_items=9,
+        floor=1e-12,
+    )
+    reward = model(context).log_rewards.double().exp()
+    assert context.scores is not None
+    expected = context.scores.double().softmax(1)
+    taken = context.value > 0
+    expected[taken] = 0.8 * expected[taken]
+    expected[taken, context.target[taken]] += 0.2
+    torch.testing.assert_close(reward, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_a_uniform_term_beside_the_observed_item_is_label_smoothing(share: float) -> None:
+    context = random_context(4)
+    model = RewardModel(
+        {"interaction": InteractionReward(), "uniform": UniformReward()},
+        num_items=9,
+        weights={"interaction": 1 - share, "uniform": share},
+        floor=1e-12,
+    )
+    rewards = model(context)
+    policy = torch.randn(5, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    smoothed = torch.nn.functional.cross_entropy(policy, context.target, label_smoothing=share)
+    expected = -(rewards.log_rewards.double().exp() * policy.log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(smoothed, expected, rtol=1e-5, atol=0)
+    assert torch.equal(rewards.terms["uniform"], torch.ones(5, 9))
+
+
+@pytest.mark.parametrize("columns", [1, 4, 9])
+def test_a_uniform_term_knows_neither_context_nor_item(columns: int) -> None:
+    items = torch.randint(0, 9, (5, columns), generator=torch.Generator().manual_seed(1))
+    assert torch.equal(UniformReward()(random_context(0), items), torch.ones(5, columns))
+    alone = RewardModel({"uniform": UniformReward()}, num_items=9)
+    log_rewards = alone(random_context(0)).log_rewards
+    torch.testing.assert_close(log_rewards, torch.full((5, 9), -math.log(9)), rtol=1e-5, atol=0)
 
 
 def test_later_items_earn_nothing_unless_asked_to() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2
 
-from gflowgr.sampling import STRATEGIES, Draw, TrajectorySampler
+from gflowgr.sampling import STRATEGIES, Draw, TrajectorySampler, policy_seeds
 
 OBSERVED, RANDOM, COLLABORATIVE, POLICY = (
     STRATEGIES.index(name) for name in ("observed", "random", "collaborative", "policy")
@@ -368,6 +368,16 @@ def test_a_mixture_gives_every_strategy_its_weight() -> None:
     weights = {RANDOM: 0.5, COLLABORATIVE: 0.3, POLICY: 0.2}
     pairs = [(a, b) for a in weights for b in weights]
     assert_follows(np.array([both[p] for p in pairs]), np.array([weights[a] * weights[b] for a, b in pairs]))
+
+
+def test_seeds_of_the_policys_draws_are_each_examples_own() -> None:
+    index = torch.arange(500)
+    seeds = policy_seeds(3, 7, index)
+    assert seeds.dtype == torch.int64 and (seeds >= 0).all() and len(seeds.unique()) == 500
+    order = torch.randperm(500, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(policy_seeds(3, 7, index[order]), seeds[order])
+    for other in (policy_seeds(3, 8, index), policy_seeds(4, 7, index)):
+        assert not torch.isin(other, seeds).any()
 
 
 def test_an_empty_batch_gives_an_empty_draw() -> None:

@@ -102,6 +102,17 @@ def test_child_flow_matching_reaches_the_reward_distribution(tmp_path) -> None:
     assert float((learned - target).abs().sum(-1).mean() / 2) < 0.05
 
 
+def test_the_policys_own_items_do_not_depend_on_the_rest_of_the_batch(tmp_path) -> None:
+    run = fixtures.trainer(tmp_path, objective="tb", num_trajectories=3)
+    chosen = torch.arange(12)
+    batch = {name: value[chosen].to(run.args.device) for name, value in vars(run.train_dataset).items()}
+    whole = run._policy_items(batch)(4)
+    assert len({tuple(row) for row in whole.tolist()}) > 6
+    for part in (chosen[8:], chosen[:8].flip(0)):
+        some = run._policy_items({name: value[part] for name, value in batch.items()})(4)
+        assert torch.equal(some, whole[part])
+
+
 def test_what_is_logged(tmp_path) -> None:
     run = fixtures.trainer(
         tmp_path, objective="tb", sft_weight=1.0, num_trajectories=4, max_steps=4, report_to="tensorboard"

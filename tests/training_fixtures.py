@@ -92,7 +92,7 @@ def trainer(
     backbone: str = "decoder",
     histories: bool = False,
     fusion: str = "mixture",
-    strategies: str = "collaborative",
+    sampler_options: dict[str, Any] | None = None,
     recommender: GenerativeRecommender | None = None,
     **settings: Any,
 ) -> GFlowGRTrainer:
@@ -101,7 +101,7 @@ def trainer(
     sampler = None
     if args.num_trajectories > 1 and args.objective != "grpo":
         sampler = TrajectorySampler(
-            NUM_ITEMS, num_trajectories=args.num_trajectories, strategies=strategies, seed=args.seed
+            NUM_ITEMS, num_trajectories=args.num_trajectories, seed=args.seed, **(sampler_options or {})
         )
     return GFlowGRTrainer(
         tiny(semantic_ids, backbone) if recommender is None else recommender,

@@ -144,6 +144,11 @@ ROWS: dict[str, Row] = {
     "gflowgr-tb-no-collaborative": _paper(without="collaborative"),
     "gflowgr-tb-no-similarity": _paper(without="similarity"),
     "gflowgr-tb-random": _paper(sections={"sampler": {"strategies": "random", "schedule": "constant"}}),
+    "gflowgr-tb-adaptive": _paper(
+        sections={
+            "sampler": {"strategies": {"collaborative": 0.5, "policy": 0.25, "random": 0.25}, "adapt": {}}
+        }
+    ),
     "gflowgr-tb-weights": _paper(sections={"reward": {"fusion": "weights"}}),
     "gflowgr-tb-mlp": _paper(sections={"reward": {"fusion": "mlp"}}),
     "t5-sft": Row("t5", SFT),

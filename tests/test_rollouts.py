@@ -1,0 +1,269 @@
+"""Rolled-out histories against enumeration by hand, and what a training run makes of them."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chi2
+from torch import Tensor
+
+from gflowgr.rollouts import roll_out, roll_out_window
+
+pytest.importorskip("transformers")
+
+from gflowgr.assembly import Plan
+from gflowgr.collaborative import Popularity
+from gflowgr.data import Examples, Histories
+from gflowgr.trainer import GFlowGRTrainer
+
+sys.path.insert(0, str(Path(__file__).parent))
+import training_fixtures as fixtures
+
+
+class ByLastItem:
+    """A recommender whose scores are a row of a table, that of the last item."""
+
+    def __init__(self, num_items: int, seed: int = 0) -> None:
+        self.num_items = num_items
+        self.table = torch.randn(num_items, num_items, generator=torch.Generator().manual_seed(seed))
+
+    def scores(self, histories: Tensor) -> Tensor:
+        end = (histories >= 0).sum(1, keepdim=True) - 1
+        return self.table[histories.gather(1, end)[:, 0]]
+
+    def probability(self, item: int, past: list[int]) -> float:
+        """Of an item that the past lacks, after it."""
+        weights = np.exp(self.table[past[-1]].double().numpy())
+        weights[past] = 0
+        return float(weights[item] / weights.sum())
+
+
+def padded(rows: list[list[int]], width: int) -> Tensor:
+    return torch.tensor([row + [-1] * (width - len(row)) for row in rows])
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def assert_follows(counts: dict[tuple[int, ...], int], probabilities: dict[tuple[int, ...], float]) -> None:
+    """Pearson's test at a level of 1e-4; the seeds are fixed, so it is passed or failed for good."""
+    assert set(counts) <= set(probabilities)
+    assert sum(probabilities.values()) == pytest.approx(1)
+    total = sum(counts.values())
+    statistic = sum(
+        (counts.get(outcome, 0) - total * probability) ** 2 / (total * probability)
+        for outcome, probability in probabilities.items()
+    )
+    assert statistic < chi2.ppf(1 - 1e-4, len(probabilities) - 1)
+
+
+@st.composite
+def histories_of_distinct_items(draw: st.DrawFn) -> tuple[list[list[int]], int]:
+    num_items = draw(st.integers(2, 9))
+    history = st.integers(1, num_items).flatmap(
+        lambda length: st.permutations(range(num_items)).map(lambda order: list(order)[:length])
+    )
+    return draw(st.lists(history, min_size=1, max_size=6)), num_items
+
+
+@settings(max_examples=60, deadline=None)
+@given(histories_of_distinct_items(), st.integers(0, 1000), st.integers(0, 2))
+def test_a_prefix_stays_and_the_rest_is_drawn_without_repeats(
+    histories: tuple[list[list[int]], int], seed: int, spare: int
+) -> None:
+    rows, num_items = histories
+    items = padded(rows, num_items + spare)
+    value = torch.where(items >= 0, 1.0 + torch.arange(items.shape[1]), 0.0)
+    given_items, given_value = items.clone(), value.clone()
+    rolled = roll_out(ByLastItem(num_items, seed), {"items": items, "value": value}, seeded(seed))
+    assert torch.equal(items, given_items) and torch.equal(value, given_value)
+    assert rolled["items"].dtype == items.dtype and rolled["value"].dtype == value.dtype
+    for row, new, worth in zip(rows, rolled["items"].tolist(), rolled["value"].tolist(), strict=True):
+        length = len(row)
+        drawn = [column for column in range(length) if worth[column] == 0]
+        kept = length - len(drawn)
+        assert drawn == list(range(kept, length))
+        assert kept == 1 if length == 1 else 1 <= kept < length
+        assert new[:kept] == row[:kept] and worth[:kept] == [1.0 + column for column in range(kept)]
+        assert len(set(new[:length])) == length and all(0 <= item < num_items for item in new[:length])
+        assert new[length:] == [-1] * (len(new) - length)
+
+
+def test_draws_follow_the_softmax_of_the_scores_after_what_was_drawn() -> None:
+    model, count = ByLastItem(5), 30_000
+    items = torch.tensor([[2, 0, 4]]).expand(count, -1)
+    rolled = roll_out(model, {"items": items, "value": torch.ones(count, 3)}, seeded(1))
+    drawn = (rolled["value"] == 0).sum(1)
+    assert_follows(Counter(zip(drawn.tolist(), strict=True)), {(1,): 0.5, (2,): 0.5})
+    one = Counter(zip(rolled["items"][drawn == 1, 2].tolist(), strict=True))
+    assert_follows(one, {(item,): model.probability(item, [2, 0]) for item in (1, 3, 4)})
+    two = Counter(map(tuple, rolled["items"][drawn == 2, 1:].tolist()))
+    assert_follows(
+        two,
+        {
+            (first, second): model.probability(first, [2]) * model.probability(second, [2, first])
+            for first in (0, 1, 3, 4)
+            for second in {0, 1, 3, 4} - {first}
+        },
+    )
+
+
+def test_a_longer_history_keeps_each_number_of_items_as_often() -> None:
+    count = 20_000
+    items = torch.arange(6).expand(count, -1)
+    rolled = roll_out(ByLastItem(9), {"items": items, "value": torch.ones(count, 6)}, seeded(2))
+    kept = (rolled["value"] == 1).sum(1).tolist()
+    assert_follows(Counter(zip(kept, strict=True)), {(number,): 0.2 for number in range(1, 6)})
+
+
+def test_whoever_has_had_the_whole_catalogue_repeats_by_the_scores_alone() -> None:
+    model, count = ByLastItem(3), 30_000
+    items = torch.tensor([[0, 1, 2, 0, 1]]).expand(count, -1)
+    rolled = roll_out(model, {"items": items, "value": torch.ones(count, 5)}, seeded(3))
+    new = rolled["items"]
+    assert (new[:, :3].sort(1).values == torch.arange(3)).all()
+    last = new[rolled["value"][:, 4] == 0]
+    assert len(last) == count
+    for before in range(3):
+        softmax = model.table[before].double().softmax(0).tolist()
+        chosen = Counter(zip(last[last[:, 3] == before, 4].tolist(), strict=True))
+        assert_follows(chosen, {(item,): probability for item, probability in enumerate(softmax)})
+
+
+def test_an_item_barred_by_its_score_is_never_drawn() -> None:
+    model = ByLastItem(6)
+    model.table[:, 4] = -torch.inf
+    items = torch.tensor([[0, 1, 2]]).expand(2000, -1)
+    rolled = roll_out(model, {"items": items, "value": torch.ones(2000, 3)}, seeded(4))
+    assert set(rolled["items"].flatten().tolist()) == {0, 1, 2, 3, 5}
+
+
+@settings(max_examples=40, deadline=None)
+@given(histories_of_distinct_items(), st.integers(0, 1000))
+def test_windows_agree_with_whole_histories(histories: tuple[list[list[int]], int], seed: int) -> None:
+    rows, num_items = histories
+    rows = [row for row in rows if len(row) > 1] or [[0, 1]]
+    model = ByLastItem(num_items, seed)
+    whole = {"items": padded(rows, num_items), "value": torch.ones(len(rows), num_items)}
+    expected = roll_out(model, whole, seeded(seed))["items"].tolist()
+    window = roll_out_window(
+        model,
+        {
+            "history": padded([row[:-1] for row in rows], num_items - 1),
+            "target": torch.tensor([row[-1] for row in rows]),
+            "value": torch.full((len(rows),), 4.0),
+            "future": torch.zeros(len(rows), 3, dtype=torch.int64),
+            "future_value": torch.ones(len(rows), 3),
+        },
+        seeded(seed),
+    )
+    for number, row in enumerate(rows):
+        history, target = expected[number][: len(row) - 1], expected[number][len(row) - 1]
+        assert window["history"][number].tolist() == history + [-1] * (num_items - len(row))
+        assert window["target"][number] == target
+    assert window["history"].shape == (len(rows), num_items - 1)
+    # Nobody took the target, and nobody knows what would have followed it.
+    assert torch.equal(window["value"], torch.zeros(len(rows)))
+    assert torch.equal(window["future"], torch.full((len(rows), 3), -1))
+    assert torch.equal(window["future_value"], torch.zeros(len(rows), 3))
+
+
+def batch_of(run: GFlowGRTrainer, size: int = 16) -> dict[str, Tensor]:
+    rows = run.train_dataset
+    assert isinstance(rows, (Examples, Histories))
+    return {name: column[:size].to(run.args.device) for name, column in vars(rows).items()}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.3, 1.0])
+@pytest.mark.parametrize("whole", [True, False], ids=["histories", "windows"])
+def test_a_steps_share_of_rows_is_rolled_out_and_the_others_are_as_they_were(
+    tmp_path: Path, whole: bool, share: float
+) -> None:
+    run = fixtures.trainer(tmp_path, histories=whole, rollout_share=share)
+    inputs = batch_of(run)
+    rolled = run._partly_rolled_out(inputs)
+    worth = rolled["value"].view(16, -1)
+    # The log's own values are 1 and 4; behind a history's end there are zeros anyway.
+    known = inputs["value"].view(16, -1) > 0
+    chosen = ((worth == 0) & known).any(1)
+    assert int(chosen.sum()) == round(16 * share)
+    assert rolled.keys() == inputs.keys()
+    assert all(torch.equal(rolled[name][~chosen], inputs[name][~chosen]) for name in inputs)
+    assert torch.equal(rolled["index"], inputs["index"])
+    if not whole:
+        assert bool((rolled["future"][chosen] == -1).all())
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["histories", "windows"])
+def test_rollouts_are_a_function_of_seed_and_step(tmp_path: Path, whole: bool) -> None:
+    def items(seed: int, step: int, random_state: int) -> list[list[int]]:
+        run = fixtures.trainer(tmp_path, histories=whole, rollout_share=0.5, seed=seed)
+        run.state.global_step = step
+        inputs = batch_of(run)
+        torch.manual_seed(random_state)
+        run.policy.train()
+        first, _ = run._contexts(inputs)
+        again, _ = run._contexts(inputs)
+        assert torch.equal(first.trajectories, again.trajectories)
+        return first.trajectories.tolist()
+
+    drawn = items(5, 3, random_state=0)
+    assert items(5, 3, random_state=1) == drawn
+    assert items(5, 4, random_state=0) != drawn
+    assert items(6, 3, random_state=0) != drawn
+
+
+def test_evaluation_rolls_nothing_out(tmp_path: Path) -> None:
+    run = fixtures.trainer(tmp_path, rollout_share=1.0)
+    inputs = batch_of(run)
+    run.policy.eval()
+    contexts, _ = run._contexts(inputs)
+    assert torch.equal(contexts.trajectories[:, 0], inputs["target"])
+    run.policy.train()
+    contexts, _ = run._contexts(inputs)
+    assert not torch.equal(contexts.trajectories[:, 0], inputs["target"])
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["histories", "windows"])
+def test_an_interrupted_run_goes_on_with_the_same_rollouts(tmp_path: Path, whole: bool) -> None:
+    options = {"histories": whole, "rollout_share": 0.5, "save_strategy": "steps", "save_steps": 3}
+    through = fixtures.trainer(tmp_path / "through", max_steps=6, **options)
+    through.train()
+    resumed = fixtures.trainer(tmp_path / "through", max_steps=6, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "through" / "checkpoint-3"))
+    assert len(fixtures.losses(through)) == 6
+    assert fixtures.losses(resumed) == pytest.approx(fixtures.losses(through), rel=1e-5)
+    without = fixtures.trainer(tmp_path / "without", max_steps=6, histories=whole)
+    without.train()
+    assert fixtures.losses(without) != pytest.approx(fixtures.losses(through), rel=1e-2)
+
+
+def test_rollouts_need_a_recommender(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"collaborative is None, needs a recommender for rollout_share=0\.5"
+    ):
+        fixtures.trainer(tmp_path, objective="sft", rollout_share=0.5)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
+def test_a_share_is_between_0_and_1(tmp_path: Path, share: float) -> None:
+    with pytest.raises(ValueError, match=r"rollout_share is .*, needs a number from 0 to 1"):
+        fixtures.config(tmp_path, rollout_share=share)
+
+
+def test_a_plan_fits_the_recommender_of_rollouts_for_whatever_objective() -> None:
+    sections = {"collaborative": {"model": "popularity"}}
+    training = {"objective": "sft", "use_cpu": True}
+    assert Plan.of({**sections, "training": training}).collaborative is None
+    plan = Plan.of({**sections, "training": {**training, "rollout_share": 0.25}})
+    assert plan.reward is None and plan.sampler is None
+    data, _ = fixtures.world()
+    assert isinstance(plan.build_collaborative(data, seed=0), Popularity)
