@@ -45,7 +45,7 @@ _SIZES: dict[str, dict[str, Any]] = {
     "decoder": {"kind": "decoder", "layers": 2, "d_model": 128, "heads": 4},
     "t5": {"kind": "t5", "layers": 4, "d_model": 128, "heads": 6, "d_kv": 64, "d_ff": 1024},
 }
-_FROM_SCRATCH = {"per_device_train_batch_size": 128, "eval_steps": 1 / 3}
+_FROM_SCRATCH = {"eval_steps": 1 / 3}
 _FURTHER = {"per_device_train_batch_size": 256, "learning_rate": 3e-4, "eval_steps": 1 / 3}
 
 

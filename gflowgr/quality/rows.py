@@ -86,8 +86,8 @@ _POLICY = {"sampler": {"strategies": "policy"}}
 
 
 # As many points for the supervised model as for ours.
-_SFT_GRID = {"model.dropout": [0.1, 0.2, 0.3], "training.learning_rate": [1e-3, 2e-3]}
-_GFLOWGR_GRID = {"reward.weights.collaborative": [0.7, 0.8, 0.9], "training.learning_rate": [1e-3, 2e-3]}
+_SFT_GRID = {"model.dropout": [0.1, 0.2, 0.3]}
+_GFLOWGR_GRID = {"reward.terms.collaborative.temperature": [0.5, 0.6, 0.7]}
 
 ROWS: dict[str, Row] = {
     "popularity": _scorer("popularity"),
