@@ -49,8 +49,9 @@ def missing(
     def add_grid(data_set: str, row: str) -> list[Task]:
         if not tune or not ROWS[row].grid or is_complete(row, data_set, place.results):
             return []
-        task = Task("grid", data_set, row, seeds[0])
-        tasks.setdefault(task, [])
+        task, teacher = Task("grid", data_set, row, seeds[0]), ROWS[row].teacher
+        if task not in tasks:
+            tasks[task] = [] if teacher is None else add_cell(data_set, teacher, seeds[0], True)
         return [task]
 
     def add_cell(data_set: str, row: str, seed: int, needed: bool) -> list[Task]:

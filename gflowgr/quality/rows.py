@@ -97,12 +97,16 @@ ROWS: dict[str, Row] = {
     "sft-continued": _further("sft"),
     "sft-smoothed": Row(
         "decoder",
-        {
-            "reward": {
-                "terms": {"interaction": {}, "uniform": {}},
-                "weights": {"interaction": 0.9, "uniform": 0.1},
-            }
-        },
+        merge(
+            SFT,
+            {
+                "reward": {
+                    "terms": {"interaction": {}, "uniform": {}},
+                    "weights": {"interaction": 0.9, "uniform": 0.1},
+                },
+                "training": {"objective": "flow_matching"},
+            },
+        ),
         like="sft",
     ),
     "sft-rollouts": Row(

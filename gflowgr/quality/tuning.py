@@ -33,11 +33,13 @@ def try_point(
     name = "-".join([row_name, *(f"{key}={value}" for key, value in point.items())])
     partial = place.work / data_set.name / "tuning" / f"{name}-{seed}.partial"
     if row.teacher is not None:
-        teacher = place.work / data_set.name / "tuning" / f"{row.teacher}-{seed}.safetensors"
+        # Recommenders are always fitted without the test items, a cell's as well.
+        teacher = place.checkpoint(data_set.name, row.teacher, seed)
+        if not teacher.is_file():
+            teacher = partial.with_name(f"{row.teacher}-{seed}.safetensors")
         if not teacher.is_file():
             teacher.parent.mkdir(parents=True, exist_ok=True)
-            of_teacher = settings_of(row.teacher, data_set, seed, place)
-            fit_scorer(of_teacher, whole, seed).save(teacher)
+            fit_scorer(settings_of(row.teacher, data_set, seed, place), whole, seed).save(teacher)
         settings["collaborative"] = {"path": str(teacher)}
     clock = Clock(f"{data_set.name} {name}")
     resume = any(partial.glob("checkpoint-*/trainer_state.json"))
