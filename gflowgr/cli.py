@@ -552,6 +552,7 @@ def _add_table(commands: Any) -> None:
         "--dataset", nargs="+", default=[], metavar="NAME", help="only these (all there are results of)"
     )
     parser.add_argument("--markdown", action="store_true", help="print markdown")
+    parser.add_argument("--figures", metavar="FOLDER", help="write the table's figures there")
 
 
 def _table(arguments: argparse.Namespace) -> int:
@@ -559,6 +560,10 @@ def _table(arguments: argparse.Namespace) -> int:
 
     tables = table.read_tables(arguments.results, arguments.dataset)
     table_text.show(tables, as_markdown=arguments.markdown)
+    if arguments.figures is not None:
+        from gflowgr.quality.figures import write_figures
+
+        write_figures(tables, Path(arguments.results), Path(arguments.figures))
     verdict = table.verdict(tables)
     print(verdict.sentence)
     return 0 if verdict.leads else 1
