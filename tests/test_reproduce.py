@@ -46,6 +46,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models and recommenders of a size that trains in a second."""
     sizes = {
         "decoder": {"kind": "decoder", "layers": 1, "d_model": 16, "heads": 2},
+        "large": {"kind": "decoder", "layers": 1, "d_model": 32, "heads": 2},
         "t5": {"kind": "t5", "layers": 1, "d_model": 16, "heads": 2, "d_kv": 8, "d_ff": 32},
     }
     monkeypatch.setattr(cells, "_SIZES", sizes)

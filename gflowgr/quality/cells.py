@@ -43,6 +43,7 @@ _COMMON: dict[str, Any] = {
 }
 _SIZES: dict[str, dict[str, Any]] = {
     "decoder": {"kind": "decoder", "layers": 2, "d_model": 128, "heads": 4},
+    "large": {"kind": "decoder", "layers": 6, "d_model": 256, "heads": 8},
     "t5": {"kind": "t5", "layers": 4, "d_model": 128, "heads": 6, "d_kv": 64, "d_ff": 1024},
 }
 _FROM_SCRATCH = {"eval_steps": 1 / 3}
@@ -85,7 +86,7 @@ def settings_of(row_name: str, data_set: DataSet, seed: int, place: Place) -> di
         }
         settings = merge(settings, going_on)
     else:
-        epochs = data_set.epochs if row.kind == "decoder" else data_set.t5_epochs
+        epochs = data_set.t5_epochs if row.kind == "t5" else data_set.epochs
         from_scratch = {**_FROM_SCRATCH, "num_train_epochs": epochs}
         settings = merge(settings, {"model": _SIZES[row.kind], "training": from_scratch})
     if row.teacher is not None:
@@ -105,8 +106,6 @@ def run(row_name: str, data_set: DataSet, seed: int, place: Place) -> Cell:
         ValueError: data that do not fit the row.
     """
     row = ROWS[row_name]
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     folder = data_set.load(place.data)
     settings = settings_of(row_name, data_set, seed, place)
     for needed in row.built_on:

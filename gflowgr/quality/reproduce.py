@@ -9,6 +9,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 
 from gflowgr.config import check_keys
 from gflowgr.quality import cells, tuning
@@ -116,6 +117,8 @@ def reproduce(
 
 def _run(task: Task, place: Place, threads: int) -> None:
     torch.set_num_threads(threads)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     data_set = DATA_SETS[task.data_set]
     if task.what == "grid":
         tuning.tune(task.row, data_set, task.seed, place)

@@ -16,9 +16,9 @@ class Row:
     """A method of the table.
 
     Attributes:
-        kind: "scorer" is a recommender of `gflowgr.collaborative`; "decoder" and "t5" a model from scratch;
-            "further" a model that goes on from the checkpoint of `start`; "ensemble" a mixture of the
-            probabilities of `start` and `teacher`.
+        kind: "scorer" is a recommender of `gflowgr.collaborative`; "decoder", "large" (a larger decoder) and
+            "t5" a model from scratch; "further" a model that goes on from the checkpoint of `start`;
+            "ensemble" a mixture of the probabilities of `start` and `teacher`.
         settings: what distinguishes it, as `gflowgr.assembly.Plan` takes it.
         start: the row whose checkpoint it starts from.
         teacher: the row whose recommender is behind its reward, sampler or rollouts.
@@ -26,7 +26,7 @@ class Row:
         like: the row whose choice it shares, where it has no grid of its own.
     """
 
-    kind: Literal["scorer", "decoder", "t5", "further", "ensemble"]
+    kind: Literal["scorer", "decoder", "large", "t5", "further", "ensemble"]
     settings: Mapping[str, Any] = field(default_factory=dict)
     start: str | None = None
     teacher: str | None = None
@@ -85,6 +85,12 @@ _RANDOM = {"sampler": {"strategies": "random"}}
 _POLICY = {"sampler": {"strategies": "policy"}}
 
 
+# Adapters of a model that was trained before, both rows with the same steps on whole histories.
+_LORA = {
+    "contexts": "histories",
+    "model": {"lora": {"r": 16, "alpha": 32}},
+    "training": {"learning_rate": 2e-3, "per_device_train_batch_size": 64},
+}
 # As many points for the supervised model as for ours.
 _SFT_GRID = {"model.dropout": [0.1, 0.2, 0.3]}
 _GFLOWGR_GRID = {"reward.terms.collaborative.temperature": [0.5, 0.6, 0.7]}
@@ -160,7 +166,15 @@ ROWS: dict[str, Row] = {
     "t5-s-dpo": Row("further", _further("s_dpo", None, _RANDOM, num_trajectories=4).settings, start="t5-sft"),
     "t5-gflowgr-tb": Row("further", _paper().settings, start="t5-sft", teacher="sasrec"),
     "t5-gflowgr": Row("t5", GFLOWGR, teacher="sasrec"),
+    "large-sft": Row("large", SFT),
+    "lora-sft": Row("further", merge(_further("sft").settings, _LORA), start="large-sft"),
+    "lora-gflowgr": Row(
+        "further",
+        merge({name: GFLOWGR[name] for name in ("reward", "training")}, _LORA),
+        start="large-sft",
+        teacher="sasrec",
+    ),
 }
 
 # The table's own rows, without ablations and other backbones.
-MAIN = [name for name in ROWS if not name.startswith(("gflowgr-tb-", "t5-"))]
+MAIN = [name for name in ROWS if not name.startswith(("gflowgr-tb-", "t5-", "large-", "lora-"))]
