@@ -354,9 +354,10 @@ class GFlowGRTrainer(Trainer):
         return draw
 
     def _generator(self, device: torch.device, stream: int) -> torch.Generator:
-        """Random numbers of this step, for one purpose."""
+        """Random numbers of this step and process, for one purpose."""
         # A CPU's generator reads the lower half of a seed only, so all that matters has to be mixed into it.
-        word = random_bits(torch.tensor(self.args.seed), self.state.global_step, stream)
+        places = (self.state.global_step, stream, self.args.process_index)
+        word = random_bits(torch.tensor(self.args.seed), *places)
         return torch.Generator(device).manual_seed(int(word))
 
     def _record(self, outputs: dict[str, Any], contexts: ContextBatch, draw: Draw | None) -> None:
