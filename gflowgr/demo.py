@@ -25,7 +25,7 @@ from gflowgr.folders import DataFolder, remove, require_free, write_text
 from gflowgr.generation import generate
 from gflowgr.metrics import ranking_metrics
 from gflowgr.pipeline import TrainedRun
-from gflowgr.recipes import GFLOWGR
+from gflowgr.recipes import OBJECTIVE
 from gflowgr.report import Report
 from gflowgr.semantic_ids import embed_text
 from gflowgr.settings import merge
@@ -311,16 +311,16 @@ class _Demo:
             "collaborative": {"path": str(self.output / "sasrec.safetensors")},
             "training": self._from_scratch(steps),
         }
-        settings = merge(GFLOWGR, own)
+        settings = merge(OBJECTIVE, own)
         trained = self._train(OURS, settings)
         self._add_run(
             OURS,
             trained,
             f"The same model trained from scratch by child flow matching with exact flows: {steps} steps of "
             f"{budget.rows} whole histories, so as many contexts as {CONTINUED} has seen in all; the "
-            f"reward is {GFLOWGR['reward']['weights']['collaborative']:.0%} SASRec's distribution, made "
+            f"reward is {OBJECTIVE['reward']['weights']['collaborative']:.0%} SASRec's distribution, made "
             "sharper, and the rest the observed item; SASRec goes on with "
-            f"{GFLOWGR['training']['rollout_share']:.0%} of the histories in the users' place.",
+            f"{OBJECTIVE['training']['rollout_share']:.0%} of the histories in the users' place.",
             self._contexts_of_histories(),
             steps,
             teacher=True,

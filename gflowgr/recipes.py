@@ -4,13 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
-# Child flow matching with exact flows, from scratch. The reward is a mixture of distributions, so that its
-# weights say how much mass each term has.
-GFLOWGR: dict[str, Any] = {
-    "model": {"dropout": 0.1},
+from gflowgr.settings import merge
+
+_COMMON: dict[str, Any] = {
+    "split": {"method": "leave-one-out", "max_history": 20},
+    "model": {"kind": "decoder", "layers": 2, "d_model": 128, "heads": 4},
+    "training": {
+        "num_train_epochs": 30,
+        "per_device_train_batch_size": 64,
+        "eval_strategy": "steps",
+        "eval_steps": 0.1,
+    },
+}
+# What makes it GFlowGR, whatever the model and the budget: child flow matching with exact flows, half of the
+# histories rolled out by the teacher. The reward is a mixture of distributions, so that its weights say how much
+# mass each term has.
+OBJECTIVE: dict[str, Any] = {
     "reward": {
         "fusion": "mixture",
-        "terms": {"collaborative": {"normalisation": "softmax", "temperature": 0.6}, "interaction": {}},
+        "terms": {
+            "collaborative": {"normalisation": "softmax", "temperature": 0.6},
+            "interaction": {},
+        },
         "weights": {"collaborative": 0.8, "interaction": 0.2},
     },
     "training": {
@@ -18,13 +33,17 @@ GFLOWGR: dict[str, Any] = {
         "flows": "exact",
         "rollout_share": 0.5,
         "rollout_temperature": 0.6,
-        "learning_rate": 2e-3,
-        "per_device_train_batch_size": 64,
     },
 }
+# From scratch: it need not begin with a supervised model.
+GFLOWGR = merge(
+    merge(_COMMON, OBJECTIVE),
+    {
+        "model": {"dropout": 0.1},
+        "collaborative": {"model": "sasrec", "max_history": 20},
+        "training": {"learning_rate": 2e-3},
+    },
+)
 # Supervised fine-tuning alone: the row that every other has to beat.
-SFT: dict[str, Any] = {
-    "model": {"dropout": 0.2},
-    "training": {"objective": "sft", "learning_rate": 1e-3, "per_device_train_batch_size": 64},
-}
+SFT = merge(_COMMON, {"model": {"dropout": 0.2}, "training": {"objective": "sft", "learning_rate": 1e-3}})
 RECIPES = {"gflowgr": GFLOWGR, "sft": SFT}

@@ -17,6 +17,8 @@ from gflowgr.quality.grids import best_point, chosen_settings, read_grid
 from gflowgr.quality.reproduce import Task, missing, reproduce
 from gflowgr.quality.results import load_cells, load_users
 from gflowgr.quality.rows import MAIN, ROWS
+from gflowgr.recipes import RECIPES
+from gflowgr.settings import read_yaml
 
 TINY = DataSet("tiny", "codes", epochs=2, extra_steps=3, t5_epochs=1)
 USERS, ITEMS = 40, 30
@@ -44,12 +46,13 @@ def write_data(root: Path, seed: int = 0) -> None:
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models and recommenders of a size that trains in a second."""
-    sizes = {
-        "decoder": {"kind": "decoder", "layers": 1, "d_model": 16, "heads": 2},
-        "large": {"kind": "decoder", "layers": 1, "d_model": 32, "heads": 2},
-        "t5": {"kind": "t5", "layers": 1, "d_model": 16, "heads": 2, "d_kv": 8, "d_ff": 32},
+    tiny = {"layers": 1, "d_model": 16, "heads": 2}
+    scratch = {
+        "decoder": {"model": {"kind": "decoder", **tiny}},
+        "large": {"model": {"kind": "decoder", **tiny, "d_model": 32}},
+        "t5": {"model": {"kind": "t5", **tiny, "d_kv": 8, "d_ff": 32}},
     }
-    monkeypatch.setattr(cells, "_SIZES", sizes)
+    monkeypatch.setattr(cells, "_FROM_SCRATCH", scratch)
     sasrec = ROWS["sasrec"].settings["collaborative"]
     monkeypatch.setitem(sasrec, "epochs", 2)
     monkeypatch.setitem(sasrec, "hidden_size", 16)
@@ -242,3 +245,9 @@ def test_rows_are_built_on_rows() -> None:
 
 def test_ours_and_the_supervised_model_have_grids_of_one_size() -> None:
     assert len(ROWS["sft"].points()) == len(ROWS["gflowgr"].points()) > 1
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_the_config_of_a_recipe_is_the_recipe(name: str) -> None:
+    config = Path(__file__).parents[1] / "configs" / f"{name}.yaml"
+    assert read_yaml(config) == RECIPES[name]

@@ -35,19 +35,23 @@ _COMMON: dict[str, Any] = {
     "split": {"max_history": MAX_HISTORY},
     "training": {
         "eval_strategy": "steps",
+        "eval_steps": 1 / 3,
         "eval_num_items": PLACES,
         "bf16": True,
         "disable_tqdm": True,
         "logging_steps": 50,
     },
 }
-_SIZES: dict[str, dict[str, Any]] = {
-    "decoder": {"kind": "decoder", "layers": 2, "d_model": 128, "heads": 4},
-    "large": {"kind": "decoder", "layers": 6, "d_model": 256, "heads": 8},
-    "t5": {"kind": "t5", "layers": 4, "d_model": 128, "heads": 6, "d_kv": 64, "d_ff": 1024},
+# What a backbone from scratch has in common, whatever it is trained for.
+_FROM_SCRATCH: dict[str, dict[str, Any]] = {
+    "decoder": {"model": {"kind": "decoder", "layers": 2, "d_model": 128, "heads": 4}},
+    "large": {"model": {"kind": "decoder", "layers": 6, "d_model": 256, "heads": 8}},
+    "t5": {
+        "model": {"kind": "t5", "layers": 4, "d_model": 128, "heads": 6, "d_kv": 64, "d_ff": 1024},
+        "training": {"per_device_train_batch_size": 256, "learning_rate": 1e-3},
+    },
 }
-_FROM_SCRATCH = {"eval_steps": 1 / 3}
-_FURTHER = {"per_device_train_batch_size": 256, "learning_rate": 3e-4, "eval_steps": 1 / 3}
+_FURTHER = {"per_device_train_batch_size": 256, "learning_rate": 3e-4}
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,7 @@ def settings_of(row_name: str, data_set: DataSet, seed: int, place: Place) -> di
         return merge(row.settings, chosen_settings(row_name, data_set.name, place.results))
     if row.kind == "ensemble":
         return {"weights": {row.start: 0.5, row.teacher: 0.5}, "candidates": _CANDIDATES}
-    where = {"use_cpu": not torch.cuda.is_available()}
-    settings = merge(_COMMON, {"training": {"seed": seed, **where}})
+    common = merge(_COMMON, {"training": {"seed": seed, "use_cpu": not torch.cuda.is_available()}})
     if row.kind == "further":
         assert row.start is not None
         folder = place.checkpoint(data_set.name, row.start, seed)
@@ -84,15 +87,15 @@ def settings_of(row_name: str, data_set: DataSet, seed: int, place: Place) -> di
             "model": {"kind": "checkpoint", "folder": str(folder)},
             "training": {**_FURTHER, "max_steps": data_set.extra_steps},
         }
-        settings = merge(settings, going_on)
+        settings = merge(merge(common, going_on), row.settings)
     else:
         epochs = data_set.t5_epochs if row.kind == "t5" else data_set.epochs
-        from_scratch = {**_FROM_SCRATCH, "num_train_epochs": epochs}
-        settings = merge(settings, {"model": _SIZES[row.kind], "training": from_scratch})
+        settings = merge(row.settings, merge(common, {"training": {"num_train_epochs": epochs}}))
+        settings = merge(settings, _FROM_SCRATCH[row.kind])
+    settings.pop("collaborative", None)
     if row.teacher is not None:
         path = place.checkpoint(data_set.name, row.teacher, seed)
         settings["collaborative"] = {"path": str(path)}
-    settings = merge(settings, row.settings)
     return merge(settings, chosen_settings(row.like or row_name, data_set.name, place.results))
 
 

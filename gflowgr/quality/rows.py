@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from gflowgr.recipes import GFLOWGR, SFT
+from gflowgr.recipes import GFLOWGR, OBJECTIVE, SFT
 from gflowgr.settings import merge
 
 
@@ -170,7 +170,7 @@ ROWS: dict[str, Row] = {
     "lora-sft": Row("further", merge(_further("sft").settings, _LORA), start="large-sft"),
     "lora-gflowgr": Row(
         "further",
-        merge({name: GFLOWGR[name] for name in ("reward", "training")}, _LORA),
+        merge(OBJECTIVE, _LORA),
         start="large-sft",
         teacher="sasrec",
     ),
