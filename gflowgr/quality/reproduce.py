@@ -88,7 +88,7 @@ def reproduce(
     failed: set[Task] = set()
     running: dict[Future[None], Task] = {}
     first_error: BaseException | None = None
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads = max(1, _cores() // jobs)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context) as pool:
         while waiting or running:
@@ -113,6 +113,11 @@ def reproduce(
                 say(f"{task}: {type(error).__name__}: {error}")
     if first_error is not None:
         raise first_error
+
+
+def _cores() -> int:
+    """That this process may use, which can be fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _run(task: Task, place: Place, threads: int) -> None:
