@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from gflowgr.quality.figures import ABLATIONS, ablations, trade_off, write_figures
+from gflowgr.quality.results import Cell
+from gflowgr.quality.rows import ROWS
+from gflowgr.quality.table import make_table, read_tables
+
+USERS = 40
+
+
+def cell_of(row: str, rank: int, coverage: float = 0.5, seed: int = 0) -> Cell:
+    """Everyone's target at one place, but for the first user, whose target is not in the list."""
+    ranks = np.full(USERS, rank, dtype=np.uint8)
+    ranks[0] = 0
+    gain = float(np.where(ranks > 0, 1 / np.log2(1.0 + np.maximum(ranks, 1)), 0).mean())
+    metrics = {"recall@10": (USERS - 1) / USERS, "ndcg@10": gain, "coverage@10": coverage}
+    return Cell(
+        dataset="toys",
+        row=row,
+        seed=seed,
+        settings={},
+        grid=None,
+        built_on=list(ROWS[row].built_on),
+        budget={"steps": 1, "contexts": 1, "seconds": 1.0, "total_seconds": 1.0},
+        num_users=USERS,
+        num_items=30,
+        validation=metrics,
+        test=metrics,
+        commit="",
+        device="",
+        versions={},
+        validation_rank=ranks,
+        test_rank=ranks,
+    )
+
+
+def test_every_ablation_is_a_row() -> None:
+    assert all(row in ROWS for rows in ABLATIONS.values() for row in rows)
+
+
+def test_rows_lie_at_their_coverage_and_accuracy() -> None:
+    cells = [cell_of("sft", 3, 0.6), cell_of("gflowgr", 1, 0.4), cell_of("gflowgr-tb-n1", 2)]
+    axes = trade_off(make_table("toys", cells)).axes[0]
+    points = {text.get_text(): text.xy for text in axes.texts}
+    gains = {row: (USERS - 1) / USERS / np.log2(1.0 + rank) for row, rank in (("sft", 3), ("gflowgr", 1))}
+    assert points == {
+        "sft": (0.6, pytest.approx(gains["sft"])),
+        "gflowgr": (0.4, pytest.approx(gains["gflowgr"])),
+    }
+
+
+def test_ablations_are_differences_to_continued_fine_tuning() -> None:
+    cells = [cell_of("sft-continued", 3), cell_of("gflowgr-tb", 1), cell_of("gflowgr-tb-n1", 7)]
+    figure = ablations("toys", cells)
+    assert figure is not None
+    axes = figure.axes[0]
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names[:2] == ["trajectories: tb-n1", "trajectories: tb"]
+    middles = [line.get_xdata() for line in axes.lines if line.get_marker() == "o"]
+    shares = [(USERS - 1) / USERS * (1 / np.log2(1 + rank) - 0.5) for rank in (7, 1)]
+    assert [float(np.asarray(middle).ravel()[0]) for middle in middles[:2]] == pytest.approx(shares)
+
+
+def test_nothing_is_drawn_of_ablations_that_were_not_run() -> None:
+    assert ablations("toys", [cell_of("sft-continued", 3), cell_of("gflowgr-tb", 1)]) is None
+    assert ablations("toys", [cell_of("gflowgr-tb-n1", 3), cell_of("gflowgr-tb", 1)]) is None
+
+
+def test_the_files_are_the_same_for_the_same_results(tmp_path: Path) -> None:
+    for row, rank in (("sft", 3), ("sft-continued", 4), ("gflowgr-tb", 1), ("gflowgr-tb-n1", 2)):
+        cell_of(row, rank).save(tmp_path / "results" / "toys")
+    tables = read_tables(tmp_path / "results")
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+        written = write_figures(tables, tmp_path / "results", folder)
+        assert [path.name for path in written] == ["quality-toys.svg", "ablations-toys.svg"]
+    for path in first.iterdir():
+        assert path.read_bytes() == (second / path.name).read_bytes()
+        assert ElementTree.fromstring(path.read_bytes()).tag.endswith("svg")
