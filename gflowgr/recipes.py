@@ -10,8 +10,8 @@ _COMMON: dict[str, Any] = {
     "split": {"method": "leave-one-out", "max_history": 20},
     "model": {"kind": "decoder", "layers": 2, "d_model": 128, "heads": 4},
     "training": {
-        "num_train_epochs": 30,
-        "per_device_train_batch_size": 64,
+        "num_train_epochs": 40,
+        "per_device_train_batch_size": 128,
         "eval_strategy": "steps",
         "eval_steps": 0.1,
     },
@@ -23,16 +23,16 @@ OBJECTIVE: dict[str, Any] = {
     "reward": {
         "fusion": "mixture",
         "terms": {
-            "collaborative": {"normalisation": "softmax", "temperature": 0.6},
+            "collaborative": {"normalisation": "softmax", "temperature": 0.5},
             "interaction": {},
         },
-        "weights": {"collaborative": 0.8, "interaction": 0.2},
+        "weights": {"collaborative": 0.6, "interaction": 0.4},
     },
     "training": {
         "objective": "flow_matching",
         "flows": "exact",
         "rollout_share": 0.5,
-        "rollout_temperature": 0.6,
+        "rollout_temperature": 0.5,
     },
 }
 # From scratch: it need not begin with a supervised model.

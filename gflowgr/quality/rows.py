@@ -89,11 +89,11 @@ _POLICY = {"sampler": {"strategies": "policy"}}
 _LORA = {
     "contexts": "histories",
     "model": {"lora": {"r": 16, "alpha": 32}},
-    "training": {"learning_rate": 2e-3, "per_device_train_batch_size": 64},
+    "training": {"learning_rate": 2e-3, "per_device_train_batch_size": 128},
 }
 # As many points for the supervised model as for ours.
 _SFT_GRID = {"model.dropout": [0.1, 0.2, 0.3]}
-_GFLOWGR_GRID = {"reward.terms.collaborative.temperature": [0.5, 0.6, 0.7]}
+_GFLOWGR_GRID = {"reward.weights.interaction": [0.15, 0.4, 0.9]}
 
 ROWS: dict[str, Row] = {
     "popularity": _scorer("popularity"),
