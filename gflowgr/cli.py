@@ -553,6 +553,7 @@ def _add_table(commands: Any) -> None:
     )
     parser.add_argument("--markdown", action="store_true", help="print markdown")
     parser.add_argument("--figures", metavar="FOLDER", help="write the table's figures there")
+    parser.add_argument("--page", metavar="FILE.md", help="put the tables between the marks of this page")
 
 
 def _table(arguments: argparse.Namespace) -> int:
@@ -560,6 +561,8 @@ def _table(arguments: argparse.Namespace) -> int:
 
     tables = table.read_tables(arguments.results, arguments.dataset)
     table_text.show(tables, as_markdown=arguments.markdown)
+    if arguments.page is not None:
+        table_text.rewrite(Path(arguments.page), tables)
     if arguments.figures is not None:
         from gflowgr.quality.figures import write_figures
 

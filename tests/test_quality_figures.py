@@ -10,6 +10,7 @@ from gflowgr.quality.figures import ABLATIONS, ablations, trade_off, write_figur
 from gflowgr.quality.results import Cell
 from gflowgr.quality.rows import ROWS
 from gflowgr.quality.table import make_table, read_tables
+from gflowgr.quality.table_text import BEGIN, END, NOTE, markdown, rewrite
 
 USERS = 40
 
@@ -84,3 +85,23 @@ def test_the_files_are_the_same_for_the_same_results(tmp_path: Path) -> None:
     for path in first.iterdir():
         assert path.read_bytes() == (second / path.name).read_bytes()
         assert ElementTree.fromstring(path.read_bytes()).tag.endswith("svg")
+
+
+def test_a_page_gets_the_tables_between_its_marks(tmp_path: Path) -> None:
+    table = make_table("toys", [cell_of("sft", 3), cell_of("gflowgr", 1)])
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    for _ in range(2):
+        rewrite(page, [table])
+        assert page.read_text() == f"before\n{BEGIN}\n{markdown(table)}\n\n{NOTE}\n{END}\nafter\n"
+    page.write_text("no marks")
+    with pytest.raises(ValueError, match="needs both"):
+        rewrite(page, [table])
+
+
+def test_the_page_of_the_recipe_shows_the_committed_results(tmp_path: Path) -> None:
+    root = Path(__file__).parents[1]
+    page = tmp_path / "recipe.md"
+    page.write_text((root / "docs" / "recipe.md").read_text())
+    rewrite(page, read_tables(root / "benchmarks" / "results" / "quality"))
+    assert page.read_text() == (root / "docs" / "recipe.md").read_text()

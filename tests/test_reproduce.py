@@ -170,13 +170,12 @@ class TestTuning:
         path.write_text(json.dumps({**document, "points": document["points"][:1]}))
         assert chosen_settings("sft", "tiny", place.results) == {}
 
-    def test_the_most_accurate_point_that_is_not_narrow(self) -> None:
-        def point(name: str, ndcg: float, coverage: float) -> dict[str, Any]:
-            return {"settings": {"a": name}, "validation": {"ndcg@10": ndcg, "coverage@10": coverage}}
-
-        points = [point("wide", 0.5, 0.8), point("equal", 0.5, 0.75), point("narrow", 0.9, 0.71)]
-        assert best_point(points) == {"a": "wide"}
-        assert best_point([*points, point("kept", 0.6, 0.73)]) == {"a": "kept"}
+    def test_the_most_accurate_point_is_chosen_the_earlier_of_equals(self) -> None:
+        points = [
+            {"settings": {"a": name}, "validation": {"ndcg@10": ndcg}}
+            for name, ndcg in (("low", 0.4), ("first", 0.9), ("equal", 0.9))
+        ]
+        assert best_point(points) == {"a": "first"}
 
 
 def shuffle_items(path: Path, from_the_end: int) -> None:

@@ -12,8 +12,7 @@ from gflowgr.quality.rows import ROWS
 from gflowgr.settings import override
 
 FORMAT = "gflowgr.grid/1"
-METRIC, COVERAGE = "ndcg@10", "coverage@10"
-LEAST_COVERAGE = 0.9
+METRIC = "ndcg@10"
 
 
 def grid_path(row: str, data_set: str, results: Path) -> Path:
@@ -45,15 +44,8 @@ def write_grid(row: str, data_set: str, results: Path, points: Sequence[Mapping[
 
 
 def best_point(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The settings of the highest NDCG@10 on validation, the earlier of equals.
-
-    Points that keep less than nine tenths of the grid's highest coverage@10 are passed over: lists that
-    show everyone the same items can gain accuracy, and are not wanted.
-    """
-    widest = max(point["validation"][COVERAGE] for point in points)
-    kept = [point for point in points if point["validation"][COVERAGE] >= LEAST_COVERAGE * widest]
-    best = max(kept, key=lambda point: point["validation"][METRIC])
-    return dict(best["settings"])
+    """The settings of the highest NDCG@10 on validation, the earlier of equals."""
+    return dict(max(points, key=lambda point: point["validation"][METRIC])["settings"])
 
 
 def is_complete(row: str, data_set: str, results: Path) -> bool:

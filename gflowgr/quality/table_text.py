@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import textwrap
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gflowgr.folders import write_text
 from gflowgr.page import NONE, number, signed
 from gflowgr.quality.pairing import Paired
 from gflowgr.quality.table import BASELINE, METRICS, TEACHER, Line, Table
@@ -13,6 +15,7 @@ from gflowgr.quality.table import BASELINE, METRICS, TEACHER, Line, Table
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
+BEGIN, END = "<!-- table -->", "<!-- /table -->"
 _ANY_WIDTH = 10_000
 _GAP = 2
 TITLES = ("R@5", "R@10", "N@5", "N@10", "coverage@10", "gini@10", "diversity@10")
@@ -73,6 +76,20 @@ def markdown(table: Table) -> str:
     for line in table.lines:
         lines.append([f"**{e.text}**" if e.best else e.text for e in entries(table, line)])
     return "\n".join([f"### {facts(table)}", "", *(f"| {' | '.join(cells)} |" for cells in lines)])
+
+
+def rewrite(page: Path, tables: list[Table]) -> None:
+    """Puts the tables between the marks of a page.
+
+    Raises:
+        ValueError: the page has no marks.
+    """
+    before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{page} lacks {BEGIN} or {END}, needs both, in this order")
+    block = "\n\n".join([*map(markdown, tables), NOTE])
+    write_text(page, f"{before}{BEGIN}\n{block}\n{END}{after}")
 
 
 def show(tables: list[Table], *, as_markdown: bool = False) -> None:
