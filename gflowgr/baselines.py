@@ -99,7 +99,7 @@ def baseline_diagnostics(batch: TrajectoryBatch, objective: str) -> dict[str, fl
         margins = batch.log_ratios[:, :1] - batch.log_ratios[:, 1:]
         figures["preference_margin"] = float(margins.mean())
         figures["preference_accuracy"] = float((margins > 0).float().mean())
-    if objective == "grpo" and batch.log_flows is not None:
+    if objective == "grpo" and batch.rewarded:
         rewards = batch.log_rewards[:, 1:].exp()
         figures["group_reward"] = float(rewards.mean())
         # A group of equal rewards has no gradient but the penalty's.

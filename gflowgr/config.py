@@ -63,6 +63,20 @@ class GFlowGRConfig(TrainingArguments):
         default=1.0,
         metadata={"help": "What the recommender's scores are divided by before it draws such a part."},
     )
+    rollout_copies: int = field(
+        default=0,
+        metadata={
+            "help": "Rollouts of each whole history that are drawn once, at the first step, and used again and "
+            "again; 0 draws anew in every step."
+        },
+    )
+    reward_candidates: int = field(
+        default=0,
+        metadata={
+            "help": "Items that can have a reward in a context, the recommender's best and the observed one; "
+            "0 is the whole catalogue. Flow matching with one trajectory only."
+        },
+    )
     preference_beta: float = field(
         default=0.1,
         metadata={
@@ -125,6 +139,16 @@ class GFlowGRConfig(TrainingArguments):
             raise ValueError(f"rollout_share is {self.rollout_share}, needs a number from 0 to 1")
         if not 0 < self.rollout_temperature < math.inf:
             raise ValueError(f"rollout_temperature is {self.rollout_temperature}, needs a number above 0")
+        for name in ("rollout_copies", "reward_candidates"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, needs 0 or more")
+        if self.rollout_copies and not self.rollout_share:
+            raise ValueError(f"rollout_copies is {self.rollout_copies}, needs a rollout_share above 0")
+        if self.reward_candidates and (self.objective != "flow_matching" or self.num_trajectories > 1):
+            raise ValueError(
+                f"reward_candidates is {self.reward_candidates}, needs objective 'flow_matching' with one "
+                f"trajectory, not {self.objective!r} with {self.num_trajectories}"
+            )
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any]) -> GFlowGRConfig:

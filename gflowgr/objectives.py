@@ -33,6 +33,8 @@ class TrajectoryBatch:
         learned_log_flows: (C, K, L), of the state before each token, from a head; None unless flows are
             learned.
         reference_logits: as `logits`, of the policy as it was before training; None where no loss asks.
+        candidates: (C, M, L) int64, the tokens of the only items with a reward, instead of `log_flows`.
+        candidate_log_rewards: (C, M), theirs.
     """
 
     logits: Tensor
@@ -41,6 +43,8 @@ class TrajectoryBatch:
     log_flows: Tensor | None = None
     learned_log_flows: Tensor | None = None
     reference_logits: Tensor | None = None
+    candidates: Tensor | None = None
+    candidate_log_rewards: Tensor | None = None
 
     @cached_property
     def log_probs(self) -> Tensor:
@@ -71,12 +75,37 @@ class TrajectoryBatch:
     @cached_property
     def exact_log_flows(self) -> Tensor:
         """log F along each trajectory, (C, K, L + 1); the end's value fills what lies past it."""
+        if self.candidates is not None:
+            assert self.candidate_log_rewards is not None
+            rewards = self.candidate_log_rewards[:, None, None].masked_fill(~self.candidates_under, -torch.inf)
+            return rewards.logsumexp(-1)
         assert self.log_flows is not None
         contexts, trajectories, states = self.nodes.shape
         last = self.mask.sum(-1, keepdim=True)
         position = torch.minimum(torch.arange(states, device=last.device), last)
         along = self.nodes.gather(-1, position.expand(self.nodes.shape)).clamp(min=0)
         return self.log_flows.gather(1, along.flatten(1)).view(contexts, trajectories, states)
+
+    @cached_property
+    def candidates_under(self) -> Tensor:
+        """Whether a candidate lies under a state of a trajectory, (C, K, L + 1, M)."""
+        assert self.candidates is not None
+        same = self.tokens.unsqueeze(-1) == self.candidates.mT.unsqueeze(1)
+        under = torch.ones_like(same[:, :, :1])
+        return torch.cat([under, same.cumprod(2).bool()], 2)
+
+    @cached_property
+    def rewarded(self) -> bool:
+        """Whether rewards are known."""
+        return self.log_flows is not None or self.candidates is not None
+
+    @cached_property
+    def log_z(self) -> Tensor:
+        """The exact log Z of each context, (C,)."""
+        if self.candidate_log_rewards is not None:
+            return self.candidate_log_rewards.logsumexp(-1)
+        assert self.log_flows is not None
+        return self.log_flows[:, 0]
 
     @cached_property
     def log_rewards(self) -> Tensor:
@@ -92,8 +121,7 @@ class TrajectoryBatch:
     @cached_property
     def mass_shares(self) -> Tensor:
         """The share of its context's reward that each trajectory's end holds, (C, K), without gradient."""
-        assert self.log_flows is not None
-        return (self.log_rewards - self.log_flows[:, :1]).detach().exp()
+        return (self.log_rewards - self.log_z[:, None]).detach().exp()
 
     @cached_property
     def squared_residuals(self) -> Tensor:
@@ -102,8 +130,7 @@ class TrajectoryBatch:
         Whatever the objective is, all of them have their optimum where this is 0: for child flow matching it
         is the square of the summed log-ratios p* / P_F along the trajectory.
         """
-        assert self.log_flows is not None
-        return (self.log_flows[:, :1] + self.log_probs.sum(-1) - self.log_rewards).detach().square()
+        return (self.log_z[:, None] + self.log_probs.sum(-1) - self.log_rewards).detach().square()
 
     def flows_along(self, flows: str) -> Tensor:
         """log F of the states of each trajectory, (C, K, L + 1), log R at its end."""
@@ -124,6 +151,8 @@ def gfn_loss(batch: TrajectoryBatch, objective: str, flows: str, subtb_lambda: f
     """The GFlowNet loss, mean over contexts and trajectories (Malkin et al. 2022, Madan et al. 2023)."""
     trajectories = batch.tokens.shape[1]
     if objective == "flow_matching":
+        if batch.candidates is not None:
+            return _flow_matching_on_candidates(batch).sum() / (batch.tokens.shape[0] * trajectories)
         assert batch.log_flows is not None
         states = torch.where(batch.mask, batch.nodes[..., :-1], -1)
         divergence = ops.flow_matching(batch.logits, states, batch.trie, batch.log_flows, reduction="sum")
@@ -142,12 +171,35 @@ def gfn_loss(batch: TrajectoryBatch, objective: str, flows: str, subtb_lambda: f
     raise ValueError(f"objective is {objective!r}, needs one of {', '.join(BALANCES)}")
 
 
+def _flow_matching_on_candidates(batch: TrajectoryBatch) -> Tensor:
+    """KL(p* || P_F) over the children of each state, (C, K, L), from the candidates' rewards alone.
+
+    What `ops.flow_matching` is with the flows of a catalogue in which no other item has a reward; O(M L) a
+    context instead of O(N). A state without a candidate, or where nothing is to be chosen, has 0.
+    """
+    assert batch.candidates is not None and batch.candidate_log_rewards is not None
+    token = batch.candidates.mT.unsqueeze(1)
+    under = batch.candidates_under[..., :-1, :] & batch.mask.unsqueeze(-1) & (token >= 0)
+    log_rewards = batch.candidate_log_rewards[:, None, None].masked_fill(~under, -torch.inf)
+    # Relative to the largest, so that rewards of any size can be summed.
+    scale = log_rewards.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(log_rewards.dtype).min)
+    rewards = (log_rewards - scale).exp()
+    shares = rewards / rewards.sum(-1, keepdim=True).clamp(min=torch.finfo(rewards.dtype).tiny)
+    # Where a candidate goes on from the state; one that ends there has no share.
+    token = token.expand(shares.shape).clamp(min=0)
+    policy = ops.trie_log_softmax(batch.logits, torch.where(batch.mask, batch.nodes[..., :-1], -1), batch.trie)
+    target = torch.zeros_like(policy).scatter_add(-1, token, shares.to(policy.dtype)).gather(-1, token)
+    carries = shares > 0
+    gap = torch.where(carries, target, 1.0).log() - torch.where(carries, policy.gather(-1, token), 0.0)
+    return (shares * gap).sum(-1)
+
+
 @torch.no_grad()
 def diagnostics(batch: TrajectoryBatch) -> dict[str, float]:
     """Figures to watch: log Z, the mean squared balance residual, the entropy along the observed items."""
     figures: dict[str, float] = {}
-    if batch.log_flows is not None:
-        log_z = batch.log_flows[:, 0]
+    if batch.rewarded:
+        log_z = batch.log_z
         figures["log_z"] = float(log_z.mean())
         figures["residual"] = float(batch.squared_residuals.mean())
         found = torch.logsumexp(batch.log_rewards.masked_fill(batch.repeated, -torch.inf), -1) - log_z

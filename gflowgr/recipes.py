@@ -33,6 +33,8 @@ OBJECTIVE: dict[str, Any] = {
         "flows": "exact",
         "rollout_share": 0.5,
         "rollout_temperature": 0.5,
+        "rollout_copies": 4,
+        "reward_candidates": 64,
     },
 }
 # From scratch: it need not begin with a supervised model.

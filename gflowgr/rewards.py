@@ -28,6 +28,7 @@ class RewardContext:
     `history` (B, H) int64, right-padded with -1; `target` (B,) int64, the observed item, and `value`
     (B,) float, what the interaction was worth; `future` (B, F) int64 and `future_value` (B, F) float,
     the user's later items, padded with -1, or None; `scores` (B, N) float, a recommender's, or None.
+    With `candidates` (B, M) int64, distinct items, these alone can have a reward, and `scores` (B, M) are theirs.
     Raises ValueError for shapes that do not fit together.
     """
 
@@ -37,6 +38,7 @@ class RewardContext:
     future: Tensor | None = None
     future_value: Tensor | None = None
     scores: Tensor | None = None
+    candidates: Tensor | None = None
 
     def __post_init__(self) -> None:
         size = self.target.shape
@@ -58,6 +60,15 @@ class RewardContext:
                 )
         if self.scores is not None and (self.scores.dim() != 2 or self.scores.shape[0] != size[0]):
             raise ValueError(f"scores: got shape {tuple(self.scores.shape)}, need ({size[0]}, N)")
+        if self.candidates is None:
+            return
+        if self.candidates.dim() != 2 or self.candidates.shape[0] != size[0]:
+            raise ValueError(f"candidates: got shape {tuple(self.candidates.shape)}, need ({size[0]}, M)")
+        if self.scores is not None and self.scores.shape != self.candidates.shape:
+            raise ValueError(
+                f"scores: got shape {tuple(self.scores.shape)}, need that of the candidates, "
+                f"{tuple(self.candidates.shape)}"
+            )
 
 
 # (context, items (B, K)) -> (B, K) floating, finite and not negative. For the whole catalogue the items are
@@ -169,7 +180,8 @@ class CollaborativeReward:
         self.temperature = temperature
 
     def __call__(self, context: RewardContext, items: Tensor) -> Tensor:
-        return self._normalised(context).gather(1, items)
+        normalised = self._normalised(context)
+        return normalised if items is context.candidates else normalised.gather(1, items)
 
     def catalogue(self, context: RewardContext, num_items: int) -> Tensor:
         """The same for all items, (B, N)."""
@@ -324,7 +336,9 @@ class RewardModel(nn.Module):
         """Log-rewards of `items` (B, K) int64, or of the whole catalogue: (B, K) or (B, N), float32.
 
         All fusions but "sum" normalise over the catalogue, so they evaluate every term on all of it even
-        for a few items. Reads one flag a term back to the host, to raise for a term that misbehaves.
+        for a few items. A context with candidates knows no other items: they are its catalogue, and the
+        log-rewards are theirs, (B, M). Reads one flag a term back to the host, to raise for a term that
+        misbehaves.
         """
         self._check(context, items)
         if items is not None and self.fusion == "sum":
@@ -376,6 +390,8 @@ class RewardModel(nn.Module):
     def _on_catalogue(self, name: str, context: RewardContext) -> Tensor:
         shape = (len(context.target), self.num_items)
         term = self.terms[name]
+        if context.candidates is not None:
+            return self._on_items(name, context, context.candidates)
         if hasattr(term, "catalogue"):
             return self._checked(name, term.catalogue(context, self.num_items), shape)
         items = torch.arange(self.num_items, device=context.target.device).expand(shape)
@@ -408,7 +424,10 @@ class RewardModel(nn.Module):
 
     def _check(self, context: RewardContext, items: Tensor | None) -> None:
         size = len(context.target)
-        if context.scores is not None and context.scores.shape[1] != self.num_items:
+        if context.candidates is not None and items is not None:
+            raise ValueError("items: got some beside candidates, need None, as only candidates are rewarded")
+        no_candidates = context.candidates is None
+        if no_candidates and context.scores is not None and context.scores.shape[1] != self.num_items:
             raise ValueError(
                 f"scores: got shape {tuple(context.scores.shape)}, need (B, N) = {(size, self.num_items)}"
             )

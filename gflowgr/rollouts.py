@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from gflowgr.collaborative import CollaborativeModel
+from gflowgr.data import Histories
+
+# Rows of a batch's histories, the place that was drawn, the scores before it, and the items that were drawn.
+Note = Callable[[Tensor, int, Tensor, Tensor], None]
+_ROWS = 512
 
 
 @torch.no_grad()
@@ -15,6 +23,7 @@ def roll_out(
     histories: dict[str, Tensor],
     generator: torch.Generator,
     temperature: float = 1.0,
+    note: Note | None = None,
 ) -> dict[str, Tensor]:
     """Whole histories of which the latter part, of random length, is drawn from `model` instead.
 
@@ -27,6 +36,8 @@ def roll_out(
         histories: "items" (B, W) int64, oldest first, -1 on the right; "value" (B, W), their worth.
         generator: of the draws, on the device of the items.
         temperature: what the scores are divided by.
+        note: called after each place with the rows drawn there, the place, their scores (R, N), and the
+            items (R,).
 
     Returns:
         both, of the same shape; rows of one item are as they were.
@@ -46,12 +57,14 @@ def roll_out(
         scores = model.scores(past).to(items.device, torch.float32)
         unseen = scores.scatter(1, past, -torch.inf)
         # Whoever has had the whole catalogue has to repeat an item.
-        scores = torch.where(unseen.amax(1, keepdim=True) > -torch.inf, unseen, scores)
-        mass = (scores / temperature).softmax(1).cumsum(1)
+        unseen = torch.where(unseen.amax(1, keepdim=True) > -torch.inf, unseen, scores)
+        mass = (unseen / temperature).softmax(1).cumsum(1)
         point = torch.rand(len(rows), 1, generator=generator, device=items.device) * mass[:, -1:]
         # Rounding may put the point on the end of the line.
         chosen = torch.searchsorted(mass, point, right=True).clamp(max=mass.shape[1] - 1)
         items[rows, position] = chosen[:, 0]
+        if note is not None:
+            note(rows, position, scores, chosen[:, 0])
     return {"items": items, "value": histories["value"].masked_fill(drawn, 0)}
 
 
@@ -82,3 +95,109 @@ def roll_out_window(
         "future": torch.full_like(examples["future"], -1),
         "future_value": torch.zeros_like(examples["future_value"]),
     }
+
+
+@torch.no_grad()
+def best_items(scores: Tensor, targets: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The items of each row's highest scores, the target in any case: ids int64 and scores, (R, count) each.
+
+    A target that is not among them takes the last one's place; the order means nothing.
+    """
+    best = scores.topk(min(count, scores.shape[1]), dim=1, sorted=True)
+    items, values = best.indices, best.values
+    missing = (items != targets[:, None]).all(1)
+    items[:, -1] = torch.where(missing, targets, items[:, -1])
+    values[:, -1] = torch.where(missing, scores.gather(1, targets[:, None])[:, 0], values[:, -1])
+    return items, values
+
+
+class RolloutPool:
+    """Rollouts of whole histories drawn ahead, and what the recommender would pick in every context of theirs.
+
+    A recommender does not change while the policy learns from it, so that it need not be asked again each time a
+    history comes up: a history has `copies` rollouts, and a context keeps the recommender's `candidates`
+    best items with their scores, 12 bytes each. Copy 0 is the history itself.
+
+    Args:
+        model: the recommender; one that shares the work of growing histories saves most of it.
+        histories: that training will ask for.
+        copies: rollouts of each.
+        candidates: best items kept of a context, the target among them; 0 keeps none.
+        temperature: of the draws, as `roll_out`'s.
+        generator: of the draws, on the CPU.
+        advance: called with the number of histories each time some are done.
+    """
+
+    def __init__(
+        self,
+        model: CollaborativeModel,
+        histories: Histories,
+        *,
+        copies: int,
+        candidates: int,
+        temperature: float,
+        generator: torch.Generator,
+        advance: Callable[[int], Any] = lambda done: None,
+    ) -> None:
+        lengths = (histories.items >= 0).sum(1)
+        contexts = (lengths - 1).clamp(min=0)
+        self.copies = copies
+        self._begin = contexts.cumsum(0) - contexts
+        self._items = histories.items.repeat(1 + copies, 1, 1)
+        self._value = histories.value.repeat(1 + copies, 1, 1)
+        kept = min(candidates, model.num_items)
+        shape = (1 + copies, int(contexts.sum()), kept)
+        self._candidates = torch.empty(shape, dtype=torch.int64) if kept else None
+        self._scores = torch.empty(shape) if kept else None
+        for rows in lengths.argsort(stable=True).split(_ROWS):
+            self._fill(model, rows, temperature, generator)
+            advance(len(rows))
+
+    def _fill(
+        self, model: CollaborativeModel, rows: Tensor, temperature: float, generator: torch.Generator
+    ) -> None:
+        width = max(2, int((self._items[0, rows] >= 0).sum(1).max()))
+        part = {"items": self._items[0, rows, :width], "value": self._value[0, rows, :width]}
+        begin = self._begin[rows]
+        if self._candidates is not None:
+            place, past, target = _growing(part["items"])
+            context = begin[place[:, 0]] + place[:, 1]
+            for some in torch.arange(len(context)).split(_ROWS):
+                self._keep(slice(None), context[some], model.scores(past[some]).float(), target[some])
+        for copy in range(1, 1 + self.copies):
+
+            def note(drawn: Tensor, position: int, scores: Tensor, chosen: Tensor, copy: int = copy) -> None:
+                if self._candidates is not None:
+                    self._keep(copy, begin[drawn] + position - 1, scores, chosen)
+
+            rolled = roll_out(model, part, generator, temperature, note)
+            self._items[copy, rows, :width] = rolled["items"]
+            self._value[copy, rows, :width] = rolled["value"]
+
+    def _keep(self, copy: int | slice, context: Tensor, scores: Tensor, target: Tensor) -> None:
+        assert self._candidates is not None and self._scores is not None
+        self._candidates[copy, context], self._scores[copy, context] = best_items(
+            scores, target, self._candidates.shape[2]
+        )
+
+    def histories(self, index: Tensor, copy: Tensor, width: int) -> dict[str, Tensor]:
+        """"items" and "value" (B, width) of rows of the histories, `copy` (B,) says which of theirs."""
+        return {"items": self._items[copy, index, :width], "value": self._value[copy, index, :width]}
+
+    def candidates(self, index: Tensor, copy: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Best items and their scores (C, M) of each context of these rows, in order; None if none are kept."""
+        if self._candidates is None or self._scores is None:
+            return None
+        contexts = (self._items[0, index] >= 0).sum(1) - 1
+        row = torch.arange(len(index)).repeat_interleave(contexts)
+        place = torch.arange(len(row)) - (contexts.cumsum(0) - contexts)[row]
+        context = self._begin[index][row] + place
+        return self._candidates[copy[row], context], self._scores[copy[row], context]
+
+
+def _growing(items: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All contexts of whole histories (B, W): row and place (C, 2), what came before (C, W - 1), target (C,)."""
+    place = (items[:, 1:] >= 0).nonzero()
+    past = items[place[:, 0], :-1]
+    past = past.masked_fill(torch.arange(past.shape[1]) > place[:, 1:], -1)
+    return place, past, items[place[:, 0], place[:, 1] + 1]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import Trainer, TrainerControl
 
 from gflowgr import generation, ops
@@ -31,13 +32,13 @@ from gflowgr.objectives import BASELINES, REWARDED, TrajectoryBatch, diagnostics
 from gflowgr.ops._random import random_bits
 from gflowgr.reference_policy import ReferencePolicy
 from gflowgr.rewards import RewardContext, RewardModel
-from gflowgr.rollouts import roll_out, roll_out_window
+from gflowgr.rollouts import RolloutPool, best_items, roll_out, roll_out_window
 from gflowgr.sampling import POLICY, STRATEGIES, TARGET, Draw, TrajectorySampler, policy_seeds
 
 _HEADS = "gflownet_heads.safetensors"
 _REFERENCE = "reference.json"
 # What a step's random numbers are for, so that another purpose would not share them.
-_ROLLOUTS = 1
+_ROLLOUTS, _POOL = 1, 2
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,12 @@ class PolicyWithRewards(nn.Module):
         if self.reward_model is not None and contexts.rewards is not None:
             with self.clock("reward"):
                 rewards = self.reward_model(contexts.rewards)
-                batch.log_flows = ops.trie_log_flows(rewards.log_rewards, trie)
+                candidates = contexts.rewards.candidates
+                if candidates is None:
+                    batch.log_flows = ops.trie_log_flows(rewards.log_rewards, trie)
+                else:
+                    batch.candidates = self.recommender.tokens(candidates)
+                    batch.candidate_log_rewards = rewards.log_rewards
                 terms = rewards.terms
             if self.flow_head is not None:
                 batch.learned_log_flows = self.flow_head(hidden).squeeze(-1).float()
@@ -241,6 +247,7 @@ class GFlowGRTrainer(Trainer):
         self.reward_model = reward_model
         self.sampler = sampler
         self.collaborative = collaborative
+        self._pool: RolloutPool | None = None
         self._figures: dict[str, list[float]] = defaultdict(list)
         self._timer = time.perf_counter()
         super().__init__(
@@ -280,31 +287,74 @@ class GFlowGRTrainer(Trainer):
 
     def _contexts(self, inputs: dict[str, Tensor]) -> tuple[ContextBatch, Draw | None]:
         """The step's contexts with their trajectories drawn."""
+        assert isinstance(self.args, GFlowGRConfig)
+        whole, known = "items" in inputs, None
         if self.args.rollout_share and self.model.training:
-            inputs = self._partly_rolled_out(inputs)
-        whole = "items" in inputs
+            if whole and self.args.rollout_copies:
+                inputs, known = self._from_pool(inputs)
+            else:
+                inputs = self._partly_rolled_out(inputs)
         single = _contexts_of_histories(inputs, self.policy.recommender.history_length) if whole else inputs
-        scores = self._scores(single["history"])
+        scores = self._scores(single["history"]) if known is None else None
         draw = None if whole else self._draw(single, scores)
+        if known is None and scores is not None and self.args.reward_candidates:
+            known = best_items(scores, single["target"], self.args.reward_candidates)
         return ContextBatch(
             history=None if whole else inputs["history"],
             items=inputs["items"] if whole else None,
             trajectories=single["target"].unsqueeze(1) if draw is None else draw.items,
-            rewards=None if self.reward_model is None else _reward_context(single, scores),
+            rewards=None if self.reward_model is None else _reward_context(single, scores, known),
         ), draw
 
     def _partly_rolled_out(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """The batch with some of its histories, which ones is random, rolled out by the recommender."""
         assert self.collaborative is not None
-        device, size = inputs["index"].device, len(inputs["index"])
-        generator = self._generator(device, _ROLLOUTS)
-        chosen = torch.randperm(size, generator=generator, device=device)
-        chosen = chosen[: round(self.args.rollout_share * size)]
+        generator = self._generator(inputs["index"].device, _ROLLOUTS, self.state.global_step)
+        chosen = self._chosen_for_rollouts(len(inputs["index"]), generator)
         part = {name: column[chosen] for name, column in inputs.items()}
         roll = roll_out if "items" in inputs else roll_out_window
         with self.accelerator.autocast():
             part |= roll(self.collaborative, part, generator, self.args.rollout_temperature)
         return {name: column.index_copy(0, chosen, part[name]) for name, column in inputs.items()}
+
+    def _chosen_for_rollouts(self, size: int, generator: torch.Generator) -> Tensor:
+        """Which rows of a batch."""
+        order = torch.randperm(size, generator=generator, device=generator.device)
+        return order[: round(self.args.rollout_share * size)]
+
+    def _from_pool(self, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor] | None]:
+        """The batch with some of its histories rolled out beforehand, and the best items of all contexts."""
+        if self._pool is None:
+            self._pool = self._filled_pool()
+        index, device = inputs["index"].cpu(), inputs["index"].device
+        generator = self._generator(index.device, _ROLLOUTS, self.state.global_step)
+        chosen = self._chosen_for_rollouts(len(index), generator)
+        copy = torch.zeros_like(index)
+        copy[chosen] = torch.randint(1, 1 + self._pool.copies, (len(chosen),), generator=generator)
+        rolled = self._pool.histories(index, copy, inputs["items"].shape[1])
+        known = self._pool.candidates(index, copy)
+        if known is not None:
+            known = known[0].to(device), known[1].to(device)
+        return inputs | {name: column.to(device) for name, column in rolled.items()}, known
+
+    def _filled_pool(self) -> RolloutPool:
+        rows = self.train_dataset
+        assert self.collaborative is not None and isinstance(rows, Histories)
+        generator = self._generator(rows.items.device, _POOL, 0)
+        quiet = self.args.disable_tqdm or not self.is_local_process_zero()
+        with (
+            tqdm(total=len(rows), desc="Rollouts", unit=" histories", disable=quiet) as bar,
+            self.accelerator.autocast(),
+        ):
+            return RolloutPool(
+                self.collaborative,
+                rows,
+                copies=self.args.rollout_copies,
+                candidates=self.args.reward_candidates if self.reward_model is not None else 0,
+                temperature=self.args.rollout_temperature,
+                generator=generator,
+                advance=bar.update,
+            )
 
     @torch.no_grad()
     def _scores(self, history: Tensor) -> Tensor | None:
@@ -353,10 +403,10 @@ class GFlowGRTrainer(Trainer):
 
         return draw
 
-    def _generator(self, device: torch.device, stream: int) -> torch.Generator:
-        """Random numbers of this step and process, for one purpose."""
+    def _generator(self, device: torch.device, stream: int, step: int) -> torch.Generator:
+        """Random numbers of a step and this process, for one purpose."""
         # A CPU's generator reads the lower half of a seed only, so all that matters has to be mixed into it.
-        places = (self.state.global_step, stream, self.args.process_index)
+        places = (step, stream, self.args.process_index)
         word = random_bits(torch.tensor(self.args.seed), *places)
         return torch.Generator(device).manual_seed(int(word))
 
@@ -366,7 +416,7 @@ class GFlowGRTrainer(Trainer):
             if outputs[name] is not None:
                 self._figures[name].append(float(outputs[name].detach()))
         for name, term in outputs["terms"].items():
-            of_target = term.detach().gather(1, contexts.trajectories[:, :1])
+            of_target = _of_target(term.detach(), contexts)
             self._figures[f"reward/{name}"].append(float(term.detach().mean()))
             self._figures[f"reward/{name}_of_target"].append(float(of_target.mean()))
         if draw is not None:
@@ -388,7 +438,7 @@ class GFlowGRTrainer(Trainer):
 
     def _record_mass_found(self, batch: TrajectoryBatch, draw: Draw) -> None:
         """The share of the reward that a drawn item holds, by the strategy that drew it."""
-        if batch.log_flows is None:
+        if not batch.rewarded:
             return
         for number, name in enumerate(STRATEGIES):
             chosen = batch.mass_shares[draw.strategy == number]
@@ -424,9 +474,9 @@ class GFlowGRTrainer(Trainer):
         batch: TrajectoryBatch = outputs["batch"]
         if not torch.isfinite(batch.logits).all():
             return "the model's logits are not finite though its parameters are"
-        if batch.log_flows is not None and not torch.isfinite(batch.log_flows[:, 0]).all():
+        if batch.rewarded and not torch.isfinite(batch.log_z).all():
             return "the rewards of a context sum to 0 or overflow, so log Z is not finite (set a floor)"
-        if batch.log_flows is not None and not torch.isfinite(batch.log_rewards).all():
+        if batch.rewarded and not torch.isfinite(batch.log_rewards).all():
             return "a trajectory's reward is 0, so log R is -inf (set a floor)"
         if not torch.isfinite(batch.log_probs).all():
             return "a trajectory leaves the trie or has probability 0"
@@ -559,7 +609,18 @@ def _contexts_of_histories(inputs: dict[str, Tensor], history_length: int) -> di
     }
 
 
-def _reward_context(inputs: dict[str, Tensor], scores: Tensor | None) -> RewardContext:
+def _of_target(term: Tensor, contexts: ContextBatch) -> Tensor:
+    """A reward term of the observed items, (C,)."""
+    target, candidates = contexts.trajectories[:, :1], contexts.rewards and contexts.rewards.candidates
+    if candidates is None:
+        return term.gather(1, target)[:, 0]
+    return torch.where(candidates == target, term, 0.0).sum(1)
+
+
+def _reward_context(
+    inputs: dict[str, Tensor], scores: Tensor | None, known: tuple[Tensor, Tensor] | None
+) -> RewardContext:
+    candidates, scores = (None, scores) if known is None else known
     return RewardContext(
         history=inputs["history"],
         target=inputs["target"],
@@ -567,6 +628,7 @@ def _reward_context(inputs: dict[str, Tensor], scores: Tensor | None) -> RewardC
         future=inputs["future"],
         future_value=inputs["future_value"],
         scores=scores,
+        candidates=candidates,
     )
 
 
@@ -606,8 +668,9 @@ def _check_parts(
             f"sampler draws {sampler.num_trajectories} trajectories, "
             f"needs num_trajectories={args.num_trajectories}"
         )
-    if args.rollout_share and collaborative is None:
-        raise ValueError(f"collaborative is None, needs a recommender for rollout_share={args.rollout_share}")
+    for name in ("rollout_share", "reward_candidates"):
+        if getattr(args, name) and collaborative is None:
+            raise ValueError(f"collaborative is None, needs a recommender for {name}={getattr(args, name)}")
     if sampler is not None and isinstance(sampler.mixture, AdaptiveWeights) and reward_model is None:
         raise ValueError("reward_model is None, needs a RewardModel for a sampler that adapts to yields")
     for name, part in (

@@ -92,8 +92,8 @@ _LORA = {
     "training": {"learning_rate": 2e-3, "per_device_train_batch_size": 128},
 }
 # As many points for the supervised model as for ours.
-_SFT_GRID = {"model.dropout": [0.1, 0.2, 0.3, 0.4]}
-_GFLOWGR_GRID = {"reward.weights.interaction": [0.15, 0.4, 0.9, 1.8]}
+_SFT_GRID = {"model.dropout": [0.2, 0.3, 0.4]}
+_GFLOWGR_GRID = {"reward.weights.interaction": [0.4, 0.9, 1.8]}
 
 ROWS: dict[str, Row] = {
     "popularity": _scorer("popularity"),
