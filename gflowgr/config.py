@@ -66,8 +66,8 @@ class GFlowGRConfig(TrainingArguments):
     rollout_copies: int = field(
         default=0,
         metadata={
-            "help": "Rollouts of each whole history that are drawn once, at the first step, and used again and "
-            "again; 0 draws anew in every step."
+            "help": "Rollouts of each whole history that are drawn once, at the first step, and used again "
+            "and again; 0 draws anew in every step, as is always done for windows."
         },
     )
     reward_candidates: int = field(

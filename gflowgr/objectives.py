@@ -77,7 +77,9 @@ class TrajectoryBatch:
         """log F along each trajectory, (C, K, L + 1); the end's value fills what lies past it."""
         if self.candidates is not None:
             assert self.candidate_log_rewards is not None
-            rewards = self.candidate_log_rewards[:, None, None].masked_fill(~self.candidates_under, -torch.inf)
+            rewards = self.candidate_log_rewards[:, None, None].masked_fill(
+                ~self.candidates_under, -torch.inf
+            )
             return rewards.logsumexp(-1)
         assert self.log_flows is not None
         contexts, trajectories, states = self.nodes.shape
@@ -90,7 +92,8 @@ class TrajectoryBatch:
     def candidates_under(self) -> Tensor:
         """Whether a candidate lies under a state of a trajectory, (C, K, L + 1, M)."""
         assert self.candidates is not None
-        same = self.tokens.unsqueeze(-1) == self.candidates.mT.unsqueeze(1)
+        tokens = self.tokens.unsqueeze(-1)
+        same = (tokens == self.candidates.mT.unsqueeze(1)) | (tokens < 0)
         under = torch.ones_like(same[:, :, :1])
         return torch.cat([under, same.cumprod(2).bool()], 2)
 
@@ -187,7 +190,9 @@ def _flow_matching_on_candidates(batch: TrajectoryBatch) -> Tensor:
     shares = rewards / rewards.sum(-1, keepdim=True).clamp(min=torch.finfo(rewards.dtype).tiny)
     # Where a candidate goes on from the state; one that ends there has no share.
     token = token.expand(shares.shape).clamp(min=0)
-    policy = ops.trie_log_softmax(batch.logits, torch.where(batch.mask, batch.nodes[..., :-1], -1), batch.trie)
+    policy = ops.trie_log_softmax(
+        batch.logits, torch.where(batch.mask, batch.nodes[..., :-1], -1), batch.trie
+    )
     target = torch.zeros_like(policy).scatter_add(-1, token, shares.to(policy.dtype)).gather(-1, token)
     carries = shares > 0
     gap = torch.where(carries, target, 1.0).log() - torch.where(carries, policy.gather(-1, token), 0.0)

@@ -28,7 +28,8 @@ class RewardContext:
     `history` (B, H) int64, right-padded with -1; `target` (B,) int64, the observed item, and `value`
     (B,) float, what the interaction was worth; `future` (B, F) int64 and `future_value` (B, F) float,
     the user's later items, padded with -1, or None; `scores` (B, N) float, a recommender's, or None.
-    With `candidates` (B, M) int64, distinct items, these alone can have a reward, and `scores` (B, M) are theirs.
+    With `candidates` (B, M) int64, distinct items, these alone can have a reward, and `scores` (B, M) are
+    theirs.
     Raises ValueError for shapes that do not fit together.
     """
 

@@ -112,11 +112,11 @@ def best_items(scores: Tensor, targets: Tensor, count: int) -> tuple[Tensor, Ten
 
 
 class RolloutPool:
-    """Rollouts of whole histories drawn ahead, and what the recommender would pick in every context of theirs.
+    """Rollouts of whole histories drawn ahead, and what the recommender would pick in each of their contexts.
 
-    A recommender does not change while the policy learns from it, so that it need not be asked again each time a
-    history comes up: a history has `copies` rollouts, and a context keeps the recommender's `candidates`
-    best items with their scores, 12 bytes each. Copy 0 is the history itself.
+    A recommender does not change while the policy learns from it, so that it need not be asked again each
+    time a history comes up: a history has `copies` rollouts, and a context keeps the recommender's
+    `candidates` best items with their scores, 12 bytes each. Copy 0 is the history itself.
 
     Args:
         model: the recommender; one that shares the work of growing histories saves most of it.
@@ -181,11 +181,11 @@ class RolloutPool:
         )
 
     def histories(self, index: Tensor, copy: Tensor, width: int) -> dict[str, Tensor]:
-        """"items" and "value" (B, width) of rows of the histories, `copy` (B,) says which of theirs."""
+        """ "items" and "value" (B, width) of rows of the histories, `copy` (B,) says which of theirs."""
         return {"items": self._items[copy, index, :width], "value": self._value[copy, index, :width]}
 
     def candidates(self, index: Tensor, copy: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Best items and their scores (C, M) of each context of these rows, in order; None if none are kept."""
+        """Best items and scores (C, M) of each context of these rows, in order; None if none are kept."""
         if self._candidates is None or self._scores is None:
             return None
         contexts = (self._items[0, index] >= 0).sum(1) - 1
@@ -196,7 +196,7 @@ class RolloutPool:
 
 
 def _growing(items: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """All contexts of whole histories (B, W): row and place (C, 2), what came before (C, W - 1), target (C,)."""
+    """All contexts of histories (B, W): row and place (C, 2), what came before (C, W - 1), target (C,)."""
     place = (items[:, 1:] >= 0).nonzero()
     past = items[place[:, 0], :-1]
     past = past.masked_fill(torch.arange(past.shape[1]) > place[:, 1:], -1)

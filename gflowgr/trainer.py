@@ -611,7 +611,8 @@ def _contexts_of_histories(inputs: dict[str, Tensor], history_length: int) -> di
 
 def _of_target(term: Tensor, contexts: ContextBatch) -> Tensor:
     """A reward term of the observed items, (C,)."""
-    target, candidates = contexts.trajectories[:, :1], contexts.rewards and contexts.rewards.candidates
+    target = contexts.trajectories[:, :1]
+    candidates = None if contexts.rewards is None else contexts.rewards.candidates
     if candidates is None:
         return term.gather(1, target)[:, 0]
     return torch.where(candidates == target, term, 0.0).sum(1)

@@ -6,6 +6,8 @@ import itertools
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gflowgr import PrefixTrie, ops
 from gflowgr.objectives import TrajectoryBatch, diagnostics, gfn_loss, sft_loss
@@ -55,6 +57,13 @@ def setting() -> tuple[PrefixTrie, torch.Tensor, torch.Tensor]:
         ]
     )
     return trie, rewards, paths.view(CONTEXTS, TRAJECTORIES, LEVELS)
+
+
+@st.composite
+def tries(draw: st.DrawFn) -> list[list[int]]:
+    """Rows of 1 to 3 tokens, some of them equal, some the beginning of others, padded with -1."""
+    rows = draw(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=3), min_size=1, max_size=12))
+    return [row + [-1] * (3 - len(row)) for row in rows]
 
 
 def _path(trie: PrefixTrie, node: int) -> list[int]:
@@ -162,3 +171,40 @@ def test_diagnostics_tell_the_policys_entropy_and_the_mass_found(setting) -> Non
     assert figures["nll"] == pytest.approx(float(expected), rel=1e-5)
     assert figures["log_z"] == pytest.approx(float(rewards.logsumexp(-1).mean()), rel=1e-5)
     assert figures["reward_mass_found"] > 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=tries(), seed=st.integers(0, 2**32 - 1), learned=st.booleans())
+def test_rewards_of_candidates_are_a_catalogue_in_which_nothing_else_has_one(
+    rows: list[list[int]], seed: int, learned: bool
+) -> None:
+    """In float64 against the dense flows: loss, both gradients, flows along the trajectories, log Z."""
+    generator = torch.Generator().manual_seed(seed)
+    trie = PrefixTrie(rows)
+    sequences, contexts, trajectories = trie.sequences().long(), 3, 2
+    kept = int(torch.randint(1, trie.num_items + 1, (), generator=generator))
+    candidates = torch.stack(
+        [torch.randperm(trie.num_items, generator=generator)[:kept] for _ in range(contexts)]
+    )
+    # Far apart, so that a sum that is not scaled would overflow or vanish.
+    rewards = 300 * torch.randn(contexts, kept, generator=generator, dtype=torch.float64)
+    shape = (contexts, trajectories, trie.max_depth, trie.max_token + 1)
+    logits = torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+    tokens = sequences[torch.randint(trie.num_items, (contexts, trajectories), generator=generator)]
+    rewards.requires_grad_(learned)
+    nothing = torch.full((contexts, trie.num_items), -torch.inf, dtype=torch.float64)
+    flows = ops.trie_log_flows(nothing.scatter(1, candidates, rewards), trie)
+    dense = TrajectoryBatch(logits, tokens, trie, flows)
+    sparse = TrajectoryBatch(
+        logits, tokens, trie, candidates=sequences[candidates], candidate_log_rewards=rewards
+    )
+    torch.testing.assert_close(sparse.log_z, dense.log_z)
+    torch.testing.assert_close(sparse.exact_log_flows, dense.exact_log_flows)
+    wanted = [logits, rewards] if learned else [logits]
+    expected = gfn_loss(dense, "flow_matching", "exact", 0.9)
+    found = gfn_loss(sparse, "flow_matching", "exact", 0.9)
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(
+        torch.autograd.grad(found, wanted), torch.autograd.grad(expected, wanted), strict=True
+    ):
+        torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-6)

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -87,6 +91,7 @@ class TestCells:
         assert len(users) == USERS and users.history_length.min() >= 3
 
     @pytest.mark.slow
+    @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
     @pytest.mark.parametrize("row", [name for name in ROWS if name not in KINDS])
     def test_every_other_row_runs(self, place: Place, row: str) -> None:
         needed = [other for first in ROWS[row].built_on for other in (*ROWS[first].built_on, first)]
@@ -233,6 +238,32 @@ class TestReproduce:
         with pytest.raises(KeyError, match="tiny"):
             reproduce({first: [], second: [first]}, place, jobs=2, say=said.append)
         assert said[-1] == "tiny sft-continued seed 0: left out, what it needs has failed"
+
+    def test_a_killed_run_leaves_no_process_that_goes_on(self, tmp_path: Path) -> None:
+        script = tmp_path / "long.py"
+        script.write_text(
+            "import multiprocessing, os, sys, time\n"
+            "from concurrent.futures import ProcessPoolExecutor\n"
+            "from gflowgr.quality.reproduce import _end_with_parent\n"
+            "def work():\n"
+            "    print(os.getpid(), flush=True)\n"
+            "    time.sleep(600)\n"
+            "if __name__ == '__main__':\n"
+            "    context = multiprocessing.get_context('spawn')\n"
+            "    pool = ProcessPoolExecutor(1, mp_context=context, initializer=_end_with_parent)\n"
+            "    pool.submit(work).result()\n"
+        )
+        with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as parent:
+            assert parent.stdout is not None
+            worker = int(parent.stdout.readline())
+            os.kill(worker, 0)
+            parent.kill()
+            # Its end of the pipe closes with the worker.
+            assert parent.stdout.read() == ""
+        with pytest.raises(ProcessLookupError):
+            for _ in range(100):
+                os.kill(worker, 0)
+                time.sleep(0.1)
 
 
 def test_rows_are_built_on_rows() -> None:

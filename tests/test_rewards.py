@@ -544,3 +544,49 @@ def test_scores_and_codes_of_another_catalogue_are_refused() -> None:
         RewardModel({"collaborative": CollaborativeReward()}, num_items=8)(random_context(0))
     with pytest.raises(ValueError, match="codes: got 4 items, need the catalogue's 9"):
         RewardModel({"similarity": SimilarityReward(random_codes(0, 4))}, num_items=9)(random_context(0))
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32), kept=st.integers(1, 9))
+@pytest.mark.parametrize("normalisation", ["softmax", "unit", "standardised"])
+def test_candidates_are_the_whole_catalogue_of_their_context(
+    normalisation: str, seed: int, kept: int
+) -> None:
+    whole = random_context(seed)
+    generator = torch.Generator().manual_seed(seed)
+    candidates = torch.stack([torch.randperm(9, generator=generator)[:kept] for _ in range(5)])
+    scores = whole.scores.gather(1, candidates)
+    context = dataclasses.replace(whole, scores=scores, candidates=candidates)
+    model = RewardModel(
+        {"collaborative": CollaborativeReward(normalisation), "interaction": InteractionReward()}, num_items=9
+    )
+    found = model(context)
+    # In the dense form a score of -inf takes an item out of the recommender's sight.
+    barred = torch.full((5, 9), -torch.inf).scatter(1, candidates, scores)
+    expected = model(dataclasses.replace(whole, scores=barred))
+    seen = (candidates == context.target[:, None]).any(1)
+    torch.testing.assert_close(
+        found.terms["collaborative"], expected.terms["collaborative"].gather(1, candidates)
+    )
+    torch.testing.assert_close(found.log_rewards[seen], expected.log_rewards.gather(1, candidates)[seen])
+    # Where the target is no candidate, its share goes to the other term.
+    alone = RewardModel({"collaborative": CollaborativeReward(normalisation)}, num_items=9)(context)
+    torch.testing.assert_close(found.log_rewards[~seen], alone.log_rewards[~seen])
+
+
+def test_candidates_that_do_not_fit() -> None:
+    context = random_context(0)
+    for candidates, match in (
+        (torch.zeros(4, 2, dtype=torch.long), r"candidates: got shape \(4, 2\), need \(5, M\)"),
+        (torch.zeros(5, dtype=torch.long), r"candidates: got shape \(5,\), need \(5, M\)"),
+        (
+            torch.zeros(5, 2, dtype=torch.long),
+            r"scores: got shape \(5, 9\), need that of the candidates, \(5, 2\)",
+        ),
+    ):
+        with pytest.raises(ValueError, match=match):
+            dataclasses.replace(context, candidates=candidates)
+    model = RewardModel({"interaction": InteractionReward()}, num_items=9)
+    few = dataclasses.replace(context, scores=None, candidates=catalogue_items(5, 3))
+    with pytest.raises(ValueError, match="items: got some beside candidates"):
+        model(few, catalogue_items(5, 2))

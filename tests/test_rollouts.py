@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,13 +15,14 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 from torch import Tensor
 
-from gflowgr.rollouts import roll_out, roll_out_window
+from gflowgr.rollouts import RolloutPool, best_items, roll_out, roll_out_window
 
 pytest.importorskip("transformers")
 
 from gflowgr.assembly import Plan
-from gflowgr.collaborative import Popularity
+from gflowgr.collaborative import Popularity, SASRec
 from gflowgr.data import Examples, Histories
+from gflowgr.shared_prefixes import SharedPrefixes
 from gflowgr.trainer import GFlowGRTrainer
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -232,9 +234,11 @@ def test_evaluation_rolls_nothing_out(tmp_path: Path) -> None:
     assert not torch.equal(contexts.trajectories[:, 0], inputs["target"])
 
 
+@pytest.mark.parametrize("copies", [0, 2], ids=["anew", "pool"])
 @pytest.mark.parametrize("whole", [True, False], ids=["histories", "windows"])
-def test_an_interrupted_run_goes_on_with_the_same_rollouts(tmp_path: Path, whole: bool) -> None:
+def test_an_interrupted_run_goes_on_with_the_same_rollouts(tmp_path: Path, whole: bool, copies: int) -> None:
     options = {"histories": whole, "rollout_share": 0.5, "save_strategy": "steps", "save_steps": 3}
+    options |= {"rollout_copies": copies, "reward_candidates": 5 * copies}
     through = fixtures.trainer(tmp_path / "through", max_steps=6, **options)
     through.train()
     resumed = fixtures.trainer(tmp_path / "through", max_steps=6, **options)
@@ -267,3 +271,137 @@ def test_a_plan_fits_the_recommender_of_rollouts_for_whatever_objective() -> Non
     assert plan.reward is None and plan.sampler is None
     data, _ = fixtures.world()
     assert isinstance(plan.build_collaborative(data, seed=0), Popularity)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 6), st.integers(2, 9), st.integers(1, 12), st.integers(0, 1000))
+def test_the_best_items_are_the_highest_scores_and_the_target(
+    rows: int, num_items: int, count: int, seed: int
+) -> None:
+    scores = torch.randn(rows, num_items, generator=seeded(seed))
+    targets = torch.randint(num_items, (rows,), generator=seeded(seed + 1))
+    items, values = best_items(scores, targets, count)
+    assert torch.equal(values, scores.gather(1, items))
+    for row, target in enumerate(targets.tolist()):
+        order = scores[row].argsort(descending=True).tolist()
+        expected = set(order[: min(count, num_items)])
+        if target not in expected:
+            expected = {*order[: min(count, num_items) - 1], target}
+        assert set(items[row].tolist()) == expected and len(expected) == items.shape[1]
+
+
+def histories_of(rows: list[list[int]], width: int) -> Histories:
+    items = padded(rows, width)
+    value = torch.where(items >= 0, 1.0 + torch.arange(width), 0.0)
+    return Histories(torch.arange(len(rows)), torch.arange(len(rows)), items, value)
+
+
+@settings(max_examples=40, deadline=None)
+@given(histories_of_distinct_items(), st.integers(0, 1000), st.integers(0, 3), st.integers(0, 5))
+def test_a_pool_holds_histories_their_rollouts_and_what_the_model_says_of_each_context(
+    histories: tuple[list[list[int]], int], seed: int, copies: int, kept: int
+) -> None:
+    rows, num_items = histories
+    model = ByLastItem(num_items, seed)
+    given_rows = histories_of(rows, num_items)
+    pool = RolloutPool(
+        model, given_rows, copies=copies, candidates=kept, temperature=0.7, generator=seeded(seed)
+    )
+    index = torch.arange(len(rows)).flip(0)
+    for number in range(1 + copies):
+        copy = torch.full_like(index, number)
+        found = pool.histories(index, copy, num_items)
+        original, worth = given_rows.items[index], given_rows.value[index]
+        drawn = (found["value"] == 0) & (original >= 0)
+        assert torch.equal(found["items"][~drawn], original[~drawn])
+        assert torch.equal(found["value"][~drawn], worth[~drawn])
+        if number == 0:
+            assert not drawn.any()
+        else:
+            assert (drawn.any(1) == ((original >= 0).sum(1) > 1)).all()
+        known = pool.candidates(index, copy)
+        if kept == 0:
+            assert known is None
+            continue
+        place = (found["items"][:, 1:] >= 0).nonzero().tolist()
+        assert known is not None and len(known[0]) == len(place)
+        for (row, before), items, scores in zip(place, *known, strict=True):
+            past, target = found["items"][row, : before + 1], found["items"][row, before + 1]
+            expected = best_items(model.scores(past[None]), target[None], kept)
+            assert torch.equal(torch.sort(items).values, torch.sort(expected[0][0]).values)
+            assert torch.equal(scores, model.table[past[-1]][items])
+
+
+def test_a_pool_draws_as_roll_out_does() -> None:
+    model, count = ByLastItem(5), 4000
+    rows = [[2, 0, 4]] * count
+    pool = RolloutPool(
+        model, histories_of(rows, 3), copies=5, candidates=0, temperature=1.0, generator=seeded(1)
+    )
+    index = torch.arange(count).repeat(5)
+    found = pool.histories(index, torch.arange(1, 6).repeat_interleave(count), 3)
+    drawn = (found["value"] == 0).sum(1)
+    assert_follows(Counter(zip(drawn.tolist(), strict=True)), {(1,): 0.5, (2,): 0.5})
+    one = Counter(zip(found["items"][drawn == 1, 2].tolist(), strict=True))
+    assert_follows(one, {(item,): model.probability(item, [2, 0]) for item in (1, 3, 4)})
+
+
+def test_shared_prefixes_fill_a_pool_alike() -> None:
+    data, _ = fixtures.world()
+    model = SASRec.fit(data.sequences, fixtures.NUM_ITEMS, hidden_size=8, epochs=1, progress=False)
+    plain, shared = (
+        RolloutPool(scorer, data.histories, copies=2, candidates=6, temperature=1.0, generator=seeded(0))
+        for scorer in (model, SharedPrefixes(model))
+    )
+    index = torch.arange(len(data.histories)).repeat(3)
+    copy = torch.arange(3).repeat_interleave(len(data.histories))
+    width = data.histories.items.shape[1]
+    one, other = plain.histories(index, copy, width), shared.histories(index, copy, width)
+    assert torch.equal(one["items"], other["items"])
+    torch.testing.assert_close(plain.candidates(index, copy)[1], shared.candidates(index, copy)[1])
+
+
+def test_a_step_with_a_pool_is_that_of_its_histories_on_the_catalogue(tmp_path: Path) -> None:
+    """With all items as candidates and the pool's rollouts as the batch, both ways have one loss."""
+    options = {"histories": True, "fusion": "mixture"}
+    pooled = fixtures.trainer(
+        tmp_path, rollout_share=0.5, rollout_copies=3, reward_candidates=fixtures.NUM_ITEMS, **options
+    )
+    dense = fixtures.trainer(tmp_path, **options)
+    dense.policy.load_state_dict(pooled.policy.state_dict())
+    inputs = batch_of(pooled)
+    pooled.policy.train()
+    contexts, _ = pooled._contexts(inputs)
+    changed = (contexts.items != inputs["items"]).any(1)
+    assert 0 < int(changed.sum()) <= 8
+    found = pooled.compute_loss(pooled.model, inputs)
+    rolled, known = pooled._from_pool(inputs)
+    assert known is not None and known[0].shape[1] == fixtures.NUM_ITEMS
+    assert torch.equal(rolled["items"], contexts.items)
+    torch.testing.assert_close(found, dense.compute_loss(dense.model, rolled), rtol=1e-5, atol=1e-5)
+
+
+def test_candidates_without_a_pool_are_chosen_in_every_step(tmp_path: Path) -> None:
+    for whole in (True, False):
+        run = fixtures.trainer(tmp_path, histories=whole, reward_candidates=fixtures.NUM_ITEMS)
+        dense = fixtures.trainer(tmp_path, histories=whole)
+        dense.policy.load_state_dict(run.policy.state_dict())
+        inputs = batch_of(run)
+        a, b = run.compute_loss(run.model, inputs), dense.compute_loss(dense.model, inputs)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        contexts, _ = fixtures.trainer(tmp_path, histories=whole, reward_candidates=4)._contexts(inputs)
+        assert contexts.rewards is not None and contexts.rewards.candidates.shape[1] == 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rollout_copies": -1}, "rollout_copies is -1, needs 0 or more"),
+        ({"rollout_copies": 2}, "rollout_copies is 2, needs a rollout_share above 0"),
+        ({"reward_candidates": 8, "objective": "tb"}, "needs objective 'flow_matching' with one trajectory"),
+        ({"reward_candidates": 8, "num_trajectories": 2}, "needs objective 'flow_matching' with one"),
+    ],
+)
+def test_settings_of_a_pool_that_cannot_be(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fixtures.config(tmp_path, **settings)

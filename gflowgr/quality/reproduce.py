@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from typing import Any, NamedTuple
@@ -90,7 +91,7 @@ def reproduce(
     first_error: BaseException | None = None
     threads = max(1, _cores() // jobs)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_end_with_parent) as pool:
         while waiting or running:
             for task, before in list(waiting.items()):
                 if failed.intersection(before):
@@ -113,6 +114,18 @@ def reproduce(
                 say(f"{task}: {type(error).__name__}: {error}")
     if first_error is not None:
         raise first_error
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the one that began it is killed: the same cell may soon be begun again."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _cores() -> int:
