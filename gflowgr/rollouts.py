@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import os
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -116,7 +120,8 @@ class RolloutPool:
 
     A recommender does not change while the policy learns from it, so that it need not be asked again each
     time a history comes up: a history has `copies` rollouts, and a context keeps the recommender's
-    `candidates` best items with their scores, 12 bytes each. Copy 0 is the history itself.
+    `candidates` best items with their scores, 8 bytes each, in a mapped file without a name. Copy 0 is the
+    history itself.
 
     Args:
         model: the recommender; one that shares the work of growing histories saves most of it.
@@ -125,6 +130,7 @@ class RolloutPool:
         candidates: best items kept of a context, the target among them; 0 keeps none.
         temperature: of the draws, as `roll_out`'s.
         generator: of the draws, on the CPU.
+        folder: where the file is; the system's for temporary files by default.
         advance: called with the number of histories each time some are done.
     """
 
@@ -137,6 +143,7 @@ class RolloutPool:
         candidates: int,
         temperature: float,
         generator: torch.Generator,
+        folder: str | os.PathLike[str] | None = None,
         advance: Callable[[int], Any] = lambda done: None,
     ) -> None:
         lengths = (histories.items >= 0).sum(1)
@@ -147,8 +154,8 @@ class RolloutPool:
         self._value = histories.value.repeat(1 + copies, 1, 1)
         kept = min(candidates, model.num_items)
         shape = (1 + copies, int(contexts.sum()), kept)
-        self._candidates = torch.empty(shape, dtype=torch.int64) if kept else None
-        self._scores = torch.empty(shape) if kept else None
+        self._candidates = _mapped(shape, np.int32, folder) if kept else None
+        self._scores = _mapped(shape, np.float32, folder) if kept else None
         for rows in lengths.argsort(stable=True).split(_ROWS):
             self._fill(model, rows, temperature, generator)
             advance(len(rows))
@@ -176,9 +183,8 @@ class RolloutPool:
 
     def _keep(self, copy: int | slice, context: Tensor, scores: Tensor, target: Tensor) -> None:
         assert self._candidates is not None and self._scores is not None
-        self._candidates[copy, context], self._scores[copy, context] = best_items(
-            scores, target, self._candidates.shape[2]
-        )
+        items, values = best_items(scores, target, self._candidates.shape[2])
+        self._candidates[copy, context], self._scores[copy, context] = items.int(), values
 
     def histories(self, index: Tensor, copy: Tensor, width: int) -> dict[str, Tensor]:
         """ "items" and "value" (B, width) of rows of the histories, `copy` (B,) says which of theirs."""
@@ -192,7 +198,15 @@ class RolloutPool:
         row = torch.arange(len(index)).repeat_interleave(contexts)
         place = torch.arange(len(row)) - (contexts.cumsum(0) - contexts)[row]
         context = self._begin[index][row] + place
-        return self._candidates[copy[row], context], self._scores[copy[row], context]
+        return self._candidates[copy[row], context].long(), self._scores[copy[row], context]
+
+
+def _mapped(shape: tuple[int, ...], dtype: type[np.generic], folder: str | os.PathLike[str] | None) -> Tensor:
+    """Zeros that the system may write out where memory is short; the file goes with the last who reads it."""
+    if not math.prod(shape):
+        return torch.from_numpy(np.empty(shape, dtype))
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return torch.from_numpy(np.memmap(file, dtype, "w+", shape=shape))
 
 
 def _growing(items: Tensor) -> tuple[Tensor, Tensor, Tensor]:

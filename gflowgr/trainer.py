@@ -341,6 +341,7 @@ class GFlowGRTrainer(Trainer):
         rows = self.train_dataset
         assert self.collaborative is not None and isinstance(rows, Histories)
         generator = self._generator(rows.items.device, _POOL, 0)
+        Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
         quiet = self.args.disable_tqdm or not self.is_local_process_zero()
         with (
             tqdm(total=len(rows), desc="Rollouts", unit=" histories", disable=quiet) as bar,
@@ -353,6 +354,7 @@ class GFlowGRTrainer(Trainer):
                 candidates=self.args.reward_candidates if self.reward_model is not None else 0,
                 temperature=self.args.rollout_temperature,
                 generator=generator,
+                folder=self.args.output_dir,
                 advance=bar.update,
             )
 
