@@ -63,11 +63,11 @@ class GFlowGRConfig(TrainingArguments):
         default=1.0,
         metadata={"help": "What the recommender's scores are divided by before it draws such a part."},
     )
-    rollout_copies: int = field(
+    rollout_reuse: int = field(
         default=0,
         metadata={
-            "help": "Rollouts of each whole history that are drawn once, at the first step, and used again "
-            "and again; 0 draws anew in every step, as is always done for windows."
+            "help": "How often a rollout of a whole history is used: all that the run needs are drawn at its "
+            "first step; 0 draws anew in every step, as is always done for windows."
         },
     )
     reward_candidates: int = field(
@@ -139,11 +139,11 @@ class GFlowGRConfig(TrainingArguments):
             raise ValueError(f"rollout_share is {self.rollout_share}, needs a number from 0 to 1")
         if not 0 < self.rollout_temperature < math.inf:
             raise ValueError(f"rollout_temperature is {self.rollout_temperature}, needs a number above 0")
-        for name in ("rollout_copies", "reward_candidates"):
+        for name in ("rollout_reuse", "reward_candidates"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, needs 0 or more")
-        if self.rollout_copies and not self.rollout_share:
-            raise ValueError(f"rollout_copies is {self.rollout_copies}, needs a rollout_share above 0")
+        if self.rollout_reuse and not self.rollout_share:
+            raise ValueError(f"rollout_reuse is {self.rollout_reuse}, needs a rollout_share above 0")
         if self.reward_candidates and (self.objective != "flow_matching" or self.num_trajectories > 1):
             raise ValueError(
                 f"reward_candidates is {self.reward_candidates}, needs objective 'flow_matching' with one "

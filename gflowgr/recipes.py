@@ -26,15 +26,15 @@ OBJECTIVE: dict[str, Any] = {
             "collaborative": {"normalisation": "softmax", "temperature": 0.5},
             "interaction": {},
         },
-        "weights": {"collaborative": 0.6, "interaction": 0.4},
+        "weights": {"collaborative": 0.6, "interaction": 0.9},
     },
     "training": {
         "objective": "flow_matching",
         "flows": "exact",
         "rollout_share": 0.5,
         "rollout_temperature": 0.5,
-        "rollout_copies": 4,
-        "reward_candidates": 64,
+        "rollout_reuse": 2,
+        "reward_candidates": 128,
     },
 }
 # From scratch: it need not begin with a supervised model.
@@ -47,5 +47,5 @@ GFLOWGR = merge(
     },
 )
 # Supervised fine-tuning alone: the row that every other has to beat.
-SFT = merge(_COMMON, {"model": {"dropout": 0.2}, "training": {"objective": "sft", "learning_rate": 1e-3}})
+SFT = merge(_COMMON, {"model": {"dropout": 0.3}, "training": {"objective": "sft", "learning_rate": 1e-3}})
 RECIPES = {"gflowgr": GFLOWGR, "sft": SFT}

@@ -16,7 +16,7 @@ from torch.nn import functional
 from gflowgr.collaborative import CollaborativeModel
 from gflowgr.data import Histories
 
-# Rows of a batch's histories, the place that was drawn, the scores before it, and the items that were drawn.
+# Rows of a batch's histories, the place that was drawn, and the items (R, M) it was drawn among, with scores.
 Note = Callable[[Tensor, int, Tensor, Tensor], None]
 _ROWS = 512
 
@@ -27,6 +27,7 @@ def roll_out(
     histories: dict[str, Tensor],
     generator: torch.Generator,
     temperature: float = 1.0,
+    among: int = 0,
     note: Note | None = None,
 ) -> dict[str, Tensor]:
     """Whole histories of which the latter part, of random length, is drawn from `model` instead.
@@ -40,8 +41,9 @@ def roll_out(
         histories: "items" (B, W) int64, oldest first, -1 on the right; "value" (B, W), their worth.
         generator: of the draws, on the device of the items.
         temperature: what the scores are divided by.
-        note: called after each place with the rows drawn there, the place, their scores (R, N), and the
-            items (R,).
+        among: draws among so many items of the highest scores; 0 is the whole catalogue.
+        note: called after each place with the rows drawn there, the place, and the items that were drawn
+            among with their scores, (R, `among`) each.
 
     Returns:
         both, of the same shape; rows of one item are as they were.
@@ -60,15 +62,19 @@ def roll_out(
         past = items[rows, :position]
         scores = model.scores(past).to(items.device, torch.float32)
         unseen = scores.scatter(1, past, -torch.inf)
-        # Whoever has had the whole catalogue has to repeat an item.
+        best = None
+        if among:
+            best = scores.topk(min(among, scores.shape[1])).indices
+            scores, unseen = scores.gather(1, best), unseen.gather(1, best)
+        # Whoever has had all of them has to repeat an item.
         unseen = torch.where(unseen.amax(1, keepdim=True) > -torch.inf, unseen, scores)
         mass = (unseen / temperature).softmax(1).cumsum(1)
         point = torch.rand(len(rows), 1, generator=generator, device=items.device) * mass[:, -1:]
         # Rounding may put the point on the end of the line.
         chosen = torch.searchsorted(mass, point, right=True).clamp(max=mass.shape[1] - 1)
-        items[rows, position] = chosen[:, 0]
-        if note is not None:
-            note(rows, position, scores, chosen[:, 0])
+        items[rows, position] = (chosen if best is None else best.gather(1, chosen))[:, 0]
+        if note is not None and best is not None:
+            note(rows, position, best, scores)
     return {"items": items, "value": histories["value"].masked_fill(drawn, 0)}
 
 
@@ -127,7 +133,8 @@ class RolloutPool:
         model: the recommender; one that shares the work of growing histories saves most of it.
         histories: that training will ask for.
         copies: rollouts of each.
-        candidates: best items kept of a context, the target among them; 0 keeps none.
+        candidates: best items kept of a context, the target among them, which rollouts are drawn among; 0
+            keeps none, and rollouts are drawn from the whole catalogue.
         temperature: of the draws, as `roll_out`'s.
         generator: of the draws, on the CPU.
         folder: where the file is; the system's for temporary files by default.
@@ -170,21 +177,21 @@ class RolloutPool:
             place, past, target = _growing(part["items"])
             context = begin[place[:, 0]] + place[:, 1]
             for some in torch.arange(len(context)).split(_ROWS):
-                self._keep(slice(None), context[some], model.scores(past[some]).float(), target[some])
+                best = best_items(model.scores(past[some]).float(), target[some], self._candidates.shape[2])
+                self._keep(slice(None), context[some], *best)
         for copy in range(1, 1 + self.copies):
 
-            def note(drawn: Tensor, position: int, scores: Tensor, chosen: Tensor, copy: int = copy) -> None:
-                if self._candidates is not None:
-                    self._keep(copy, begin[drawn] + position - 1, scores, chosen)
+            def note(drawn: Tensor, position: int, items: Tensor, scores: Tensor, copy: int = copy) -> None:
+                self._keep(copy, begin[drawn] + position - 1, items, scores)
 
-            rolled = roll_out(model, part, generator, temperature, note)
+            among = 0 if self._candidates is None else self._candidates.shape[2]
+            rolled = roll_out(model, part, generator, temperature, among, note)
             self._items[copy, rows, :width] = rolled["items"]
             self._value[copy, rows, :width] = rolled["value"]
 
-    def _keep(self, copy: int | slice, context: Tensor, scores: Tensor, target: Tensor) -> None:
+    def _keep(self, copy: int | slice, context: Tensor, items: Tensor, scores: Tensor) -> None:
         assert self._candidates is not None and self._scores is not None
-        items, values = best_items(scores, target, self._candidates.shape[2])
-        self._candidates[copy, context], self._scores[copy, context] = items.int(), values
+        self._candidates[copy, context], self._scores[copy, context] = items.int(), scores
 
     def histories(self, index: Tensor, copy: Tensor, width: int) -> dict[str, Tensor]:
         """ "items" and "value" (B, width) of rows of the histories, `copy` (B,) says which of theirs."""

@@ -290,7 +290,7 @@ class GFlowGRTrainer(Trainer):
         assert isinstance(self.args, GFlowGRConfig)
         whole, known = "items" in inputs, None
         if self.args.rollout_share and self.model.training:
-            if whole and self.args.rollout_copies:
+            if whole and self.args.rollout_reuse:
                 inputs, known = self._from_pool(inputs)
             else:
                 inputs = self._partly_rolled_out(inputs)
@@ -342,6 +342,9 @@ class GFlowGRTrainer(Trainer):
         assert self.collaborative is not None and isinstance(rows, Histories)
         generator = self._generator(rows.items.device, _POOL, 0)
         Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+        # How often a history is rolled out in the whole run.
+        uses = self.args.rollout_share * self.state.max_steps * self._train_batch_size * self.args.world_size
+        uses *= self.args.gradient_accumulation_steps / len(rows)
         quiet = self.args.disable_tqdm or not self.is_local_process_zero()
         with (
             tqdm(total=len(rows), desc="Rollouts", unit=" histories", disable=quiet) as bar,
@@ -350,7 +353,7 @@ class GFlowGRTrainer(Trainer):
             return RolloutPool(
                 self.collaborative,
                 rows,
-                copies=self.args.rollout_copies,
+                copies=max(1, round(uses / self.args.rollout_reuse)),
                 candidates=self.args.reward_candidates if self.reward_model is not None else 0,
                 temperature=self.args.rollout_temperature,
                 generator=generator,

@@ -234,11 +234,11 @@ def test_evaluation_rolls_nothing_out(tmp_path: Path) -> None:
     assert not torch.equal(contexts.trajectories[:, 0], inputs["target"])
 
 
-@pytest.mark.parametrize("copies", [0, 2], ids=["anew", "pool"])
+@pytest.mark.parametrize("reuse", [0, 1], ids=["anew", "pool"])
 @pytest.mark.parametrize("whole", [True, False], ids=["histories", "windows"])
-def test_an_interrupted_run_goes_on_with_the_same_rollouts(tmp_path: Path, whole: bool, copies: int) -> None:
+def test_an_interrupted_run_goes_on_with_the_same_rollouts(tmp_path: Path, whole: bool, reuse: int) -> None:
     options = {"histories": whole, "rollout_share": 0.5, "save_strategy": "steps", "save_steps": 3}
-    options |= {"rollout_copies": copies, "reward_candidates": 5 * copies}
+    options |= {"rollout_reuse": reuse, "reward_candidates": 5 * reuse}
     through = fixtures.trainer(tmp_path / "through", max_steps=6, **options)
     through.train()
     resumed = fixtures.trainer(tmp_path / "through", max_steps=6, **options)
@@ -327,9 +327,43 @@ def test_a_pool_holds_histories_their_rollouts_and_what_the_model_says_of_each_c
         assert known is not None and len(known[0]) == len(place)
         for (row, before), items, scores in zip(place, *known, strict=True):
             past, target = found["items"][row, : before + 1], found["items"][row, before + 1]
+            assert target in items
             expected = best_items(model.scores(past[None]), target[None], kept)
             assert torch.equal(torch.sort(items).values, torch.sort(expected[0][0]).values)
             assert torch.equal(scores, model.table[past[-1]][items])
+
+
+@pytest.mark.parametrize("among", [2, 3, 9])
+def test_draws_among_the_best_follow_their_softmax(among: int) -> None:
+    model, count = ByLastItem(5, seed=3), 20_000
+    noted: list[tuple[int, list[list[int]], Tensor]] = []
+    rolled = roll_out(
+        model,
+        {"items": torch.tensor([[2, 0]]).expand(count, -1), "value": torch.ones(count, 2)},
+        seeded(4),
+        0.5,
+        among,
+        lambda rows, position, items, scores: noted.append((position, items.tolist(), scores)),
+    )
+    best = model.table[2].topk(min(among, 5)).indices
+    [(position, items, scores)] = noted
+    assert position == 1 and items == [best.tolist()] * count
+    assert torch.equal(scores, model.table[2][best].expand(count, -1))
+    unseen = [item for item in best.tolist() if item != 2]
+    weights = (2 * model.table[2][unseen].double()).softmax(0).tolist()
+    drawn = Counter(rolled["items"][:, 1].tolist())
+    assert_follows(drawn, dict(zip(unseen, weights, strict=True)))
+
+
+def test_a_run_draws_the_rollouts_that_it_will_use(tmp_path: Path) -> None:
+    run = fixtures.trainer(tmp_path, histories=True, rollout_share=0.5, rollout_reuse=2, max_steps=10)
+    run.train()
+    # 160 rows of 40 histories: each comes up 4 times, 2 of them rolled out.
+    assert len(run.train_dataset) == 40
+    assert run._pool is not None and run._pool.copies == 1
+    often = fixtures.trainer(tmp_path, histories=True, rollout_share=0.5, rollout_reuse=1, max_steps=30)
+    often.train()
+    assert often._pool is not None and often._pool.copies == 6
 
 
 def test_a_pool_draws_as_roll_out_does() -> None:
@@ -365,7 +399,7 @@ def test_a_step_with_a_pool_is_that_of_its_histories_on_the_catalogue(tmp_path: 
     """With all items as candidates and the pool's rollouts as the batch, both ways have one loss."""
     options = {"histories": True, "fusion": "mixture"}
     pooled = fixtures.trainer(
-        tmp_path, rollout_share=0.5, rollout_copies=3, reward_candidates=fixtures.NUM_ITEMS, **options
+        tmp_path, rollout_share=0.5, rollout_reuse=3, reward_candidates=fixtures.NUM_ITEMS, **options
     )
     dense = fixtures.trainer(tmp_path, **options)
     dense.policy.load_state_dict(pooled.policy.state_dict())
@@ -396,8 +430,8 @@ def test_candidates_without_a_pool_are_chosen_in_every_step(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rollout_copies": -1}, "rollout_copies is -1, needs 0 or more"),
-        ({"rollout_copies": 2}, "rollout_copies is 2, needs a rollout_share above 0"),
+        ({"rollout_reuse": -1}, "rollout_reuse is -1, needs 0 or more"),
+        ({"rollout_reuse": 2}, "rollout_reuse is 2, needs a rollout_share above 0"),
         ({"reward_candidates": 8, "objective": "tb"}, "needs objective 'flow_matching' with one trajectory"),
         ({"reward_candidates": 8, "num_trajectories": 2}, "needs objective 'flow_matching' with one"),
     ],

@@ -93,7 +93,7 @@ _LORA = {
 }
 # As many points for the supervised model as for ours.
 _SFT_GRID = {"model.dropout": [0.2, 0.3, 0.4]}
-_GFLOWGR_GRID = {"reward.weights.interaction": [0.4, 0.9, 1.8]}
+_GFLOWGR_GRID = {"reward.weights.interaction": [0.15, 0.4, 0.9]}
 
 ROWS: dict[str, Row] = {
     "popularity": _scorer("popularity"),
