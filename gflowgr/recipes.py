@@ -33,7 +33,7 @@ OBJECTIVE: dict[str, Any] = {
         "flows": "exact",
         "rollout_share": 0.5,
         "rollout_temperature": 0.5,
-        "rollout_reuse": 2,
+        "rollout_reuse": 4,
         "reward_candidates": 128,
     },
 }
