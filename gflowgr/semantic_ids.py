@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 PAD, EOS, BOS = 0, 1, 2
 
 _FORMAT = "gflowgr.SemanticIds/1"
+_STARTS = 8
 
 
 def embed_text(texts: Sequence[str | None], dimensions: int = 64, seed: int = 0) -> np.ndarray:
@@ -138,6 +139,8 @@ def quantise(embeddings: Any, levels: int = 3, codes: int = 256, seed: int = 0) 
     quantizer.train_type = faiss.ResidualQuantizer.Train_default
     quantizer.max_beam_size = 1
     quantizer.cp.seed = seed
+    # From one start k-means with few codes often puts two groups together; the best of several seldom does.
+    quantizer.cp.nredo = _STARTS
     # Catalogues often have fewer than the 39 points a centroid below which faiss warns at each level.
     quantizer.cp.min_points_per_centroid = 1
     quantizer.train(np.resize(points, (max(len(points), 2**bits), points.shape[1])))
