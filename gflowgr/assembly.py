@@ -152,6 +152,8 @@ class Plan:
         if "path" in options:
             return collaborative.load(options["path"])
         name = options.pop("model", "sasrec")
+        if name == collaborative.SASRec.name:
+            options.setdefault("max_history", self.split.get("max_history", 20))
         return collaborative.build(
             name, parts.sequences, parts.num_items, validation=parts.validation, **{"seed": seed, **options}
         )

@@ -67,14 +67,16 @@ class GFlowGRConfig(TrainingArguments):
         default=0,
         metadata={
             "help": "How often a rollout of a whole history is used: all that the run needs are drawn at its "
-            "first step; 0 draws anew in every step, as is always done for windows."
+            "first step, among the items that can have a reward; 0 draws anew in every step from the whole "
+            "catalogue, as is always done for windows."
         },
     )
     reward_candidates: int = field(
         default=0,
         metadata={
             "help": "Items that can have a reward in a context, the recommender's best and the observed one; "
-            "0 is the whole catalogue. Flow matching with one trajectory only."
+            "0 is the whole catalogue. It counts for flow matching with one trajectory: every other loss "
+            "asks for rewards of items that nobody can foresee."
         },
     )
     preference_beta: float = field(
@@ -142,13 +144,12 @@ class GFlowGRConfig(TrainingArguments):
         for name in ("rollout_reuse", "reward_candidates"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, needs 0 or more")
-        if self.rollout_reuse and not self.rollout_share:
-            raise ValueError(f"rollout_reuse is {self.rollout_reuse}, needs a rollout_share above 0")
-        if self.reward_candidates and (self.objective != "flow_matching" or self.num_trajectories > 1):
-            raise ValueError(
-                f"reward_candidates is {self.reward_candidates}, needs objective 'flow_matching' with one "
-                f"trajectory, not {self.objective!r} with {self.num_trajectories}"
-            )
+
+    @property
+    def candidates(self) -> int:
+        """`reward_candidates` where they count, else 0."""
+        alone = self.objective == "flow_matching" and self.num_trajectories == 1
+        return self.reward_candidates if alone else 0
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any]) -> GFlowGRConfig:

@@ -311,14 +311,14 @@ class _Demo:
             "collaborative": {"path": str(self.output / "sasrec.safetensors")},
             "training": self._from_scratch(steps),
         }
-        settings = merge(OBJECTIVE, own)
+        settings, weights = merge(OBJECTIVE, own), OBJECTIVE["reward"]["weights"]
         trained = self._train(OURS, settings)
         self._add_run(
             OURS,
             trained,
             f"The same model trained from scratch by child flow matching with exact flows: {steps} steps of "
             f"{budget.rows} whole histories, so as many contexts as {CONTINUED} has seen in all; the "
-            f"reward is {OBJECTIVE['reward']['weights']['collaborative']:.0%} SASRec's distribution, made "
+            f"reward is {weights['collaborative'] / sum(weights.values()):.0%} SASRec's distribution, made "
             "sharper, and the rest the observed item; SASRec goes on with "
             f"{OBJECTIVE['training']['rollout_share']:.0%} of the histories in the users' place.",
             self._contexts_of_histories(),

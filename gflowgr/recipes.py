@@ -42,7 +42,7 @@ GFLOWGR = merge(
     merge(_COMMON, OBJECTIVE),
     {
         "model": {"dropout": 0.1},
-        "collaborative": {"model": "sasrec", "max_history": 20},
+        "collaborative": {"model": "sasrec"},
         "training": {"learning_rate": 2e-3},
     },
 )

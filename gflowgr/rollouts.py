@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gflowgr.collaborative import CollaborativeModel
+from gflowgr.collaborative import LOGITS_PER_CHUNK, CollaborativeModel
 from gflowgr.data import Histories
 
 # Rows of a batch's histories, the place that was drawn, and the items (R, M) it was drawn among, with scores.
@@ -61,11 +62,12 @@ def roll_out(
             continue
         past = items[rows, :position]
         scores = model.scores(past).to(items.device, torch.float32)
-        unseen = scores.scatter(1, past, -torch.inf)
         best = None
         if among:
-            best = scores.topk(min(among, scores.shape[1])).indices
-            scores, unseen = scores.gather(1, best), unseen.gather(1, best)
+            scores, best = scores.topk(min(among, scores.shape[1]))
+            unseen = scores.masked_fill((best[:, :, None] == past[:, None, :]).any(2), -torch.inf)
+        else:
+            unseen = scores.scatter(1, past, -torch.inf)
         # Whoever has had all of them has to repeat an item.
         unseen = torch.where(unseen.amax(1, keepdim=True) > -torch.inf, unseen, scores)
         mass = (unseen / temperature).softmax(1).cumsum(1)
@@ -139,6 +141,10 @@ class RolloutPool:
         generator: of the draws, on the CPU.
         folder: where the file is; the system's for temporary files by default.
         advance: called with the number of histories each time some are done.
+
+    Raises:
+        ValueError: two rows of the histories have one index.
+        OSError: the folder has no room for the file.
     """
 
     def __init__(
@@ -155,15 +161,21 @@ class RolloutPool:
     ) -> None:
         lengths = (histories.items >= 0).sum(1)
         contexts = (lengths - 1).clamp(min=0)
+        if len(histories.index.unique()) < len(lengths):
+            raise ValueError("histories has rows of one index, needs another for each")
         self.copies = copies
+        self._row = torch.full((int(histories.index.max()) + 1,), -1)
+        self._row[histories.index] = torch.arange(len(lengths))
         self._begin = contexts.cumsum(0) - contexts
         self._items = histories.items.repeat(1 + copies, 1, 1)
         self._value = histories.value.repeat(1 + copies, 1, 1)
         kept = min(candidates, model.num_items)
         shape = (1 + copies, int(contexts.sum()), kept)
+        _require_room(8 * math.prod(shape), folder)
         self._candidates = _mapped(shape, np.int32, folder) if kept else None
         self._scores = _mapped(shape, np.float32, folder) if kept else None
-        for rows in lengths.argsort(stable=True).split(_ROWS):
+        self._rows_at_once = max(1, min(_ROWS, LOGITS_PER_CHUNK // model.num_items))
+        for rows in lengths.argsort(stable=True).split(self._rows_at_once):
             self._fill(model, rows, temperature, generator)
             advance(len(rows))
 
@@ -176,7 +188,7 @@ class RolloutPool:
         if self._candidates is not None:
             place, past, target = _growing(part["items"])
             context = begin[place[:, 0]] + place[:, 1]
-            for some in torch.arange(len(context)).split(_ROWS):
+            for some in torch.arange(len(context)).split(self._rows_at_once):
                 best = best_items(model.scores(past[some]).float(), target[some], self._candidates.shape[2])
                 self._keep(slice(None), context[some], *best)
         for copy in range(1, 1 + self.copies):
@@ -194,18 +206,31 @@ class RolloutPool:
         self._candidates[copy, context], self._scores[copy, context] = items.int(), scores
 
     def histories(self, index: Tensor, copy: Tensor, width: int) -> dict[str, Tensor]:
-        """ "items" and "value" (B, width) of rows of the histories, `copy` (B,) says which of theirs."""
-        return {"items": self._items[copy, index, :width], "value": self._value[copy, index, :width]}
+        """Histories by their index, "items" and "value" (B, width); `copy` (B,) says which of theirs."""
+        rows = self._row[index]
+        return {"items": self._items[copy, rows, :width], "value": self._value[copy, rows, :width]}
 
     def candidates(self, index: Tensor, copy: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Best items and scores (C, M) of each context of these rows, in order; None if none are kept."""
+        """Best items and scores (C, M) of these histories' contexts, in order; None if none are kept."""
         if self._candidates is None or self._scores is None:
             return None
-        contexts = (self._items[0, index] >= 0).sum(1) - 1
-        row = torch.arange(len(index)).repeat_interleave(contexts)
+        rows = self._row[index]
+        contexts = (self._items[0, rows] >= 0).sum(1) - 1
+        row = torch.arange(len(rows)).repeat_interleave(contexts)
         place = torch.arange(len(row)) - (contexts.cumsum(0) - contexts)[row]
-        context = self._begin[index][row] + place
+        context = self._begin[rows][row] + place
         return self._candidates[copy[row], context].long(), self._scores[copy[row], context]
+
+
+def _require_room(size: int, folder: str | os.PathLike[str] | None) -> None:
+    folder = folder or tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise OSError(
+            f"the candidates of all rollouts take {size / 1e9:.1f} GB, {os.fspath(folder)!r} has "
+            f"{free / 1e9:.1f}; a larger rollout_reuse or fewer reward_candidates take less, rollout_reuse=0 "
+            "takes none"
+        )
 
 
 def _mapped(shape: tuple[int, ...], dtype: type[np.generic], folder: str | os.PathLike[str] | None) -> Tensor:

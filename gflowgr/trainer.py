@@ -297,8 +297,8 @@ class GFlowGRTrainer(Trainer):
         single = _contexts_of_histories(inputs, self.policy.recommender.history_length) if whole else inputs
         scores = self._scores(single["history"]) if known is None else None
         draw = None if whole else self._draw(single, scores)
-        if known is None and scores is not None and self.args.reward_candidates:
-            known = best_items(scores, single["target"], self.args.reward_candidates)
+        if known is None and scores is not None and self.args.candidates:
+            known = best_items(scores, single["target"], self.args.candidates)
         return ContextBatch(
             history=None if whole else inputs["history"],
             items=inputs["items"] if whole else None,
@@ -332,7 +332,7 @@ class GFlowGRTrainer(Trainer):
         copy = torch.zeros_like(index)
         copy[chosen] = torch.randint(1, 1 + self._pool.copies, (len(chosen),), generator=generator)
         rolled = self._pool.histories(index, copy, inputs["items"].shape[1])
-        known = self._pool.candidates(index, copy)
+        known = self._pool.candidates(index, copy) if self.args.candidates else None
         if known is not None:
             known = known[0].to(device), known[1].to(device)
         return inputs | {name: column.to(device) for name, column in rolled.items()}, known
@@ -342,9 +342,10 @@ class GFlowGRTrainer(Trainer):
         assert self.collaborative is not None and isinstance(rows, Histories)
         generator = self._generator(rows.items.device, _POOL, 0)
         Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
-        # How often a history is rolled out in the whole run.
-        uses = self.args.rollout_share * self.state.max_steps * self._train_batch_size * self.args.world_size
-        uses *= self.args.gradient_accumulation_steps / len(rows)
+        batches = math.ceil(len(rows) / (self._train_batch_size * self.args.world_size))
+        epochs = self.state.max_steps * self.args.gradient_accumulation_steps / batches
+        # How often this process, which sees its share of the rows, rolls out one of them in the whole run.
+        uses = self.args.rollout_share * epochs / self.args.world_size
         quiet = self.args.disable_tqdm or not self.is_local_process_zero()
         with (
             tqdm(total=len(rows), desc="Rollouts", unit=" histories", disable=quiet) as bar,
@@ -354,7 +355,7 @@ class GFlowGRTrainer(Trainer):
                 self.collaborative,
                 rows,
                 copies=max(1, round(uses / self.args.rollout_reuse)),
-                candidates=self.args.reward_candidates if self.reward_model is not None else 0,
+                candidates=self.args.reward_candidates,
                 temperature=self.args.rollout_temperature,
                 generator=generator,
                 folder=self.args.output_dir,
@@ -502,7 +503,10 @@ class GFlowGRTrainer(Trainer):
         self._timer = time.perf_counter()
         if not resume_from_checkpoint and self._adaptive is not None:
             self._adaptive.restart()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._pool = None
 
     @property
     def _adaptive(self) -> AdaptiveWeights | None:
@@ -674,7 +678,7 @@ def _check_parts(
             f"sampler draws {sampler.num_trajectories} trajectories, "
             f"needs num_trajectories={args.num_trajectories}"
         )
-    for name in ("rollout_share", "reward_candidates"):
+    for name in ("rollout_share", "candidates"):
         if getattr(args, name) and collaborative is None:
             raise ValueError(f"collaborative is None, needs a recommender for {name}={getattr(args, name)}")
     if sampler is not None and isinstance(sampler.mixture, AdaptiveWeights) and reward_model is None:

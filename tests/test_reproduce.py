@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 import pandas
 import pytest
 
+from gflowgr.assembly import Plan
 from gflowgr.quality import cells, tuning
 from gflowgr.quality.cells import Place
 from gflowgr.quality.data import DATA_SETS, DataSet
@@ -22,7 +22,7 @@ from gflowgr.quality.reproduce import Task, missing, reproduce
 from gflowgr.quality.results import load_cells, load_users
 from gflowgr.quality.rows import MAIN, ROWS
 from gflowgr.recipes import RECIPES
-from gflowgr.settings import read_yaml
+from gflowgr.settings import merge, read_yaml
 
 TINY = DataSet("tiny", "codes", epochs=2, extra_steps=3, t5_epochs=1)
 USERS, ITEMS = 40, 30
@@ -182,6 +182,24 @@ class TestTuning:
         ]
         assert best_point(points) == {"a": "first"}
 
+    def test_points_of_other_settings_do_not_count(
+        self, place: Place, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        tuning.tune("sft", TINY, 0, place)
+        assert chosen_settings("sft", "tiny", place.results) != {}
+        row = ROWS["sft"]
+        for changes, known in (
+            # What the grid chooses, its default may be anything.
+            ({"training": {"learning_rate": 0.5}}, True),
+            ({"training": {"weight_decay": 0.5}}, False),
+        ):
+            monkeypatch.setitem(ROWS, "sft", replace(row, settings=merge(row.settings, changes)))
+            assert (chosen_settings("sft", "tiny", place.results) != {}) is known
+        tuning.tune("sft", TINY, 0, place)
+        points = read_grid("sft", "tiny", place.results)
+        assert len(points) == 4 and len({point["base"] for point in points}) == 2
+        assert chosen_settings("sft", "tiny", place.results) != {}
+
 
 def shuffle_items(path: Path, from_the_end: int) -> None:
     """Deals the users' last (1) or last but one (2) items out among them."""
@@ -258,12 +276,9 @@ class TestReproduce:
             worker = int(parent.stdout.readline())
             os.kill(worker, 0)
             parent.kill()
-            # Its end of the pipe closes with the worker.
-            assert parent.stdout.read() == ""
-        with pytest.raises(ProcessLookupError):
-            for _ in range(100):
-                os.kill(worker, 0)
-                time.sleep(0.1)
+            # The pipe's other end closes with the last of them.
+            left, _ = parent.communicate(timeout=60)
+            assert left == ""
 
 
 def test_rows_are_built_on_rows() -> None:
@@ -271,6 +286,23 @@ def test_rows_are_built_on_rows() -> None:
         assert all(other in ROWS for other in row.built_on), name
         assert row.like is None or ROWS[row.like].grid, name
     assert set(MAIN) <= set(ROWS)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, row in ROWS.items() if row.kind not in ("scorer", "ensemble")]
+)
+def test_the_settings_of_a_row_are_a_plan(name: str, place: Place) -> None:
+    settings = cells.settings_of(name, TINY, 0, place)
+    if "collaborative" in settings:
+        settings["collaborative"] = {"model": "popularity"}
+    assert Plan.of(settings).config(place.work).seed == 0
+
+
+def test_rollouts_of_the_control_are_ours() -> None:
+    ours, control = (ROWS[name].settings["training"] for name in ("gflowgr", "sft-rollouts"))
+    names = {name for name in ours if name.startswith("rollout")}
+    assert len(names) == 3 and all(control[name] == ours[name] for name in names)
+    assert control["reward_candidates"] == ours["reward_candidates"]
 
 
 def test_ours_and_the_supervised_model_have_grids_of_one_size() -> None:

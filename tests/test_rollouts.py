@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import Counter
 from pathlib import Path
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 from torch import Tensor
 
+from gflowgr import rollouts
 from gflowgr.rollouts import RolloutPool, best_items, roll_out, roll_out_window
 
 pytest.importorskip("transformers")
@@ -22,11 +24,14 @@ pytest.importorskip("transformers")
 from gflowgr.assembly import Plan
 from gflowgr.collaborative import Popularity, SASRec
 from gflowgr.data import Examples, Histories
+from gflowgr.recipes import GFLOWGR
 from gflowgr.shared_prefixes import SharedPrefixes
 from gflowgr.trainer import GFlowGRTrainer
 
 sys.path.insert(0, str(Path(__file__).parent))
 import training_fixtures as fixtures
+
+OURS = ("objective", "flows", "rollout_share", "rollout_temperature", "rollout_reuse", "reward_candidates")
 
 
 class ByLastItem:
@@ -358,12 +363,20 @@ def test_draws_among_the_best_follow_their_softmax(among: int) -> None:
 def test_a_run_draws_the_rollouts_that_it_will_use(tmp_path: Path) -> None:
     run = fixtures.trainer(tmp_path, histories=True, rollout_share=0.5, rollout_reuse=2, max_steps=10)
     run.train()
-    # 160 rows of 40 histories: each comes up 4 times, 2 of them rolled out.
     assert len(run.train_dataset) == 40
-    assert run._pool is not None and run._pool.copies == 1
-    often = fixtures.trainer(tmp_path, histories=True, rollout_share=0.5, rollout_reuse=1, max_steps=30)
-    often.train()
-    assert often._pool is not None and often._pool.copies == 6
+    # Afterwards its file is gone.
+    assert run._pool is None
+    # An epoch has 3 steps, and half of the histories are rolled out: each that often.
+    for reuse, steps, accumulation, copies in ((1, 30, 1, 5), (2, 24, 1, 2), (1, 6, 4, 4), (100, 3, 1, 1)):
+        run = fixtures.trainer(
+            tmp_path,
+            histories=True,
+            rollout_share=0.5,
+            rollout_reuse=reuse,
+            gradient_accumulation_steps=accumulation,
+        )
+        run.state.max_steps = steps
+        assert run._filled_pool().copies == copies
 
 
 def test_a_pool_draws_as_roll_out_does() -> None:
@@ -404,6 +417,9 @@ def test_a_step_with_a_pool_is_that_of_its_histories_on_the_catalogue(tmp_path: 
     dense = fixtures.trainer(tmp_path, **options)
     dense.policy.load_state_dict(pooled.policy.state_dict())
     inputs = batch_of(pooled)
+    # A recommender to whom contexts are not alike, so that a place that was mistaken would show.
+    pooled.collaborative = dense.collaborative = ByLastItem(fixtures.NUM_ITEMS)
+    pooled.state.max_steps = 18
     pooled.policy.train()
     contexts, _ = pooled._contexts(inputs)
     changed = (contexts.items != inputs["items"]).any(1)
@@ -413,6 +429,68 @@ def test_a_step_with_a_pool_is_that_of_its_histories_on_the_catalogue(tmp_path: 
     assert known is not None and known[0].shape[1] == fixtures.NUM_ITEMS
     assert torch.equal(rolled["items"], contexts.items)
     torch.testing.assert_close(found, dense.compute_loss(dense.model, rolled), rtol=1e-5, atol=1e-5)
+
+
+def test_a_pool_knows_histories_by_their_index(tmp_path: Path) -> None:
+    options = {"histories": True, "rollout_share": 0.5, "rollout_reuse": 1, "reward_candidates": 7}
+    run = fixtures.trainer(tmp_path, **options)
+    run.collaborative = ByLastItem(fixtures.NUM_ITEMS)
+    order = torch.randperm(40, generator=seeded(5))[:20]
+    run.train_dataset = run.train_dataset.select(order)
+    run.policy.train()
+    inputs = batch_of(run)
+    rolled, known = run._from_pool(inputs)
+    assert known is not None
+    kept = rolled["value"] > 0
+    assert torch.equal(rolled["items"][kept], inputs["items"][kept])
+    place = (rolled["items"][:, 1:] >= 0).nonzero().tolist()
+    assert len(place) == len(known[0])
+    for (row, before), items, scores in zip(place, *known, strict=True):
+        expected = run.collaborative.table[rolled["items"][row, before]]
+        assert torch.equal(scores, expected[items])
+        assert rolled["items"][row, before + 1] in items
+    twice = run.train_dataset.select(torch.tensor([0, 0]))
+    with pytest.raises(ValueError, match="rows of one index"):
+        RolloutPool(run.collaborative, twice, copies=1, candidates=0, temperature=1.0, generator=seeded(0))
+
+
+def test_a_pool_that_has_no_room_says_what_takes_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = rollouts.shutil.disk_usage("/")._replace(free=10)
+    monkeypatch.setattr(rollouts.shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(OSError, match="larger rollout_reuse or fewer reward_candidates"):
+        RolloutPool(
+            ByLastItem(5),
+            histories_of([[1, 2, 3]], 3),
+            copies=1,
+            candidates=2,
+            temperature=1.0,
+            generator=seeded(0),
+        )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rollout_share": 0.0},
+        {"objective": "tb", "num_trajectories": 4},
+        {"objective": "sft", "rollout_share": 0.0},
+        {"num_trajectories": 4},
+        {"max_steps": 3},
+        {"rollout_reuse": 0},
+        {"reward_candidates": 0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("whole", [True, False], ids=["histories", "windows"])
+def test_any_setting_of_the_recipe_can_be_changed_alone(
+    tmp_path: Path, whole: bool, changes: dict[str, Any]
+) -> None:
+    training = {name: value for name, value in GFLOWGR["training"].items() if name in OURS} | changes
+    run = fixtures.trainer(
+        tmp_path, histories=whole and "num_trajectories" not in changes, **{"max_steps": 2, **training}
+    )
+    run.train()
+    assert all(map(math.isfinite, fixtures.losses(run)))
 
 
 def test_candidates_without_a_pool_are_chosen_in_every_step(tmp_path: Path) -> None:
@@ -431,9 +509,7 @@ def test_candidates_without_a_pool_are_chosen_in_every_step(tmp_path: Path) -> N
     ("settings", "message"),
     [
         ({"rollout_reuse": -1}, "rollout_reuse is -1, needs 0 or more"),
-        ({"rollout_reuse": 2}, "rollout_reuse is 2, needs a rollout_share above 0"),
-        ({"reward_candidates": 8, "objective": "tb"}, "needs objective 'flow_matching' with one trajectory"),
-        ({"reward_candidates": 8, "num_trajectories": 2}, "needs objective 'flow_matching' with one"),
+        ({"reward_candidates": -8}, "reward_candidates is -8, needs 0 or more"),
     ],
 )
 def test_settings_of_a_pool_that_cannot_be(tmp_path: Path, settings: dict[str, Any], message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from gflowgr.folders import write_text
 from gflowgr.quality.rows import ROWS
-from gflowgr.settings import override
+from gflowgr.settings import merge, override
 
 FORMAT = "gflowgr.grid/1"
 METRIC = "ndcg@10"
@@ -20,7 +21,8 @@ def grid_path(row: str, data_set: str, results: Path) -> Path:
 
 
 def read_grid(row: str, data_set: str, results: Path) -> list[dict[str, Any]]:
-    """The points tried so far: "settings" by dotted names, "validation" metrics, "seed", "seconds", "commit".
+    """The points tried so far: "settings" by dotted names, "base", the digest of the row's other settings at
+    that time, "validation" metrics, "seed", "seconds", "commit".
 
     Raises:
         ValueError: the file is something else.
@@ -36,11 +38,24 @@ def read_grid(row: str, data_set: str, results: Path) -> list[dict[str, Any]]:
 
 
 def write_grid(row: str, data_set: str, results: Path, points: Sequence[Mapping[str, Any]]) -> None:
-    chosen = best_point(points)
+    chosen = best_point([point for point in points if point["base"] == base_of(row)])
     document = {"format": FORMAT, "row": row, "metric": METRIC, "chosen": chosen, "points": list(points)}
     path = grid_path(row, data_set, results)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(document, indent=1) + "\n")
+
+
+def base_of(row: str) -> str:
+    """A digest of a row's settings but for those that its grid chooses."""
+    # The grid's own names are blank whatever the row says of them.
+    blank = nested(dict.fromkeys(ROWS[row].grid))
+    settings = json.dumps(merge(ROWS[row].settings, blank), sort_keys=True, default=dict)
+    return hashlib.sha256(settings.encode()).hexdigest()[:12]
+
+
+def tried_points(row: str, data_set: str, results: Path) -> list[dict[str, Any]]:
+    """The points that were tried with the settings that the row has now."""
+    return [point for point in read_grid(row, data_set, results) if point["base"] == base_of(row)]
 
 
 def best_point(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -49,13 +64,13 @@ def best_point(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def is_complete(row: str, data_set: str, results: Path) -> bool:
-    tried = [point["settings"] for point in read_grid(row, data_set, results)]
+    tried = [point["settings"] for point in tried_points(row, data_set, results)]
     return all(point in tried for point in ROWS[row].points())
 
 
 def chosen_settings(row: str, data_set: str, results: Path) -> dict[str, Any]:
     """The best point of a row's whole grid as nested settings; nothing where it was not tuned."""
-    points = read_grid(row, data_set, results)
+    points = tried_points(row, data_set, results)
     if not points or not is_complete(row, data_set, results):
         return {}
     return nested(best_point(points))
@@ -70,4 +85,4 @@ def grid_of(row: str, data_set: str, results: Path) -> dict[str, Any] | None:
     """What a result file says of the tuning behind it."""
     if not chosen_settings(row, data_set, results):
         return None
-    return {"file": f"tuning/{row}.json", "points": len(read_grid(row, data_set, results))}
+    return {"file": f"tuning/{row}.json", "points": len(tried_points(row, data_set, results))}

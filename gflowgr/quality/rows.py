@@ -91,9 +91,13 @@ _LORA = {
     "model": {"lora": {"r": 16, "alpha": 32}},
     "training": {"learning_rate": 2e-3, "per_device_train_batch_size": 128},
 }
+_ROLLOUTS = {
+    name: OBJECTIVE["training"][name]
+    for name in ("rollout_share", "rollout_temperature", "rollout_reuse", "reward_candidates")
+}
 # As many points for the supervised model as for ours.
 _SFT_GRID = {"model.dropout": [0.2, 0.3, 0.4]}
-_GFLOWGR_GRID = {"reward.weights.interaction": [0.15, 0.4, 0.9]}
+_GFLOWGR_GRID = {"reward.weights.interaction": [0.4, 0.9, 1.8]}
 
 ROWS: dict[str, Row] = {
     "popularity": _scorer("popularity"),
@@ -115,9 +119,7 @@ ROWS: dict[str, Row] = {
         ),
         like="sft",
     ),
-    "sft-rollouts": Row(
-        "decoder", merge(SFT, {"training": {"rollout_share": 0.5}}), teacher="sasrec", like="sft"
-    ),
+    "sft-rollouts": Row("decoder", merge(SFT, {"training": _ROLLOUTS}), teacher="sasrec", like="sft"),
     "ensemble": Row("ensemble", start="sft", teacher="sasrec"),
     "dpo": _further("s_dpo", None, _RANDOM, num_trajectories=2),
     "s-dpo": _further("s_dpo", None, _RANDOM, num_trajectories=4),

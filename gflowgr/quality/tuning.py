@@ -13,7 +13,7 @@ from gflowgr.bench.table import machine
 from gflowgr.folders import remove
 from gflowgr.quality.cells import Clock, Place, fit_scorer, settings_of
 from gflowgr.quality.data import DataSet
-from gflowgr.quality.grids import METRIC, nested, read_grid, write_grid
+from gflowgr.quality.grids import METRIC, base_of, nested, read_grid, tried_points, write_grid
 from gflowgr.quality.rows import ROWS
 from gflowgr.settings import merge
 
@@ -50,6 +50,7 @@ def try_point(
     remove(partial)
     return {
         "settings": dict(point),
+        "base": base_of(row_name),
         "seed": seed,
         "validation": {name: round(value, 6) for name, value in metrics.items()},
         "seconds": round(clock.seconds, 1),
@@ -59,10 +60,11 @@ def try_point(
 
 def tune(row: str, data_set: DataSet, seed: int, place: Place) -> None:
     """Tries every point of a row's grid that has not been tried, and writes each as it comes."""
-    tried = read_grid(row, data_set.name, place.results)
+    points = read_grid(row, data_set.name, place.results)
+    known = [point["settings"] for point in tried_points(row, data_set.name, place.results)]
     for point in ROWS[row].points():
-        if point not in [known["settings"] for known in tried]:
-            tried.append(try_point(row, point, data_set, seed, place))
-            write_grid(row, data_set.name, place.results, tried)
-            found = tried[-1]["validation"][METRIC]
+        if point not in known:
+            points.append(try_point(row, point, data_set, seed, place))
+            write_grid(row, data_set.name, place.results, points)
+            found = points[-1]["validation"][METRIC]
             print(f"{data_set.name} {row} {point}: validation {METRIC} {found:.4f}", flush=True)
