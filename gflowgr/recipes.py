@@ -26,7 +26,7 @@ OBJECTIVE: dict[str, Any] = {
             "collaborative": {"normalisation": "softmax", "temperature": 0.5},
             "interaction": {},
         },
-        "weights": {"collaborative": 0.6, "interaction": 0.9},
+        "weights": {"collaborative": 0.4, "interaction": 0.6},
     },
     "training": {
         "objective": "flow_matching",
