@@ -95,14 +95,15 @@ _ROLLOUTS = {
     name: OBJECTIVE["training"][name]
     for name in ("rollout_share", "rollout_temperature", "rollout_reuse", "reward_candidates")
 }
-# The same for the supervised model and for ours.
-_GRID = {"model.dropout": [0.1, 0.2, 0.3, 0.4]}
+# As many points for the supervised model as for ours.
+_SFT_GRID = {"model.dropout": [0.2, 0.3, 0.4]}
+_GFLOWGR_GRID = {"reward.weights.interaction": [0.27, 0.6, 1.2]}
 
 ROWS: dict[str, Row] = {
     "popularity": _scorer("popularity"),
     "item-knn": _scorer("item-knn"),
     "sasrec": _scorer("sasrec"),
-    "sft": Row("decoder", SFT, grid=_GRID),
+    "sft": Row("decoder", SFT, grid=_SFT_GRID),
     "sft-continued": _further("sft"),
     "sft-smoothed": Row(
         "decoder",
@@ -145,7 +146,7 @@ ROWS: dict[str, Row] = {
     "gflowgr-flows": Row(
         "decoder", merge(GFLOWGR, {"training": {"rollout_share": 0.0}}), teacher="sasrec", like="gflowgr"
     ),
-    "gflowgr": Row("decoder", GFLOWGR, teacher="sasrec", grid=_GRID),
+    "gflowgr": Row("decoder", GFLOWGR, teacher="sasrec", grid=_GFLOWGR_GRID),
     "gflowgr-tb-n1": _paper(num_trajectories=1),
     "gflowgr-tb-n5": _paper(num_trajectories=5),
     "gflowgr-tb-lambda0.02": _paper(gfn_weight=0.02),
