@@ -420,6 +420,7 @@ def fit(
     """
     import transformers
 
+    from gflowgr import collaborative
     from gflowgr.assembly import Plan
     from gflowgr.trainer import GFlowGRTrainer
 
@@ -435,6 +436,8 @@ def fit(
         began = time.perf_counter()
         scorer = _fit_collaborative(plan, parts, config.seed, partial / COLLABORATIVE)
         collaborative_seconds = time.perf_counter() - began
+        if isinstance(scorer, collaborative.SASRec):
+            scorer.to(config.device)
         rows = plan.training_rows(parts, recommender, config)
         trainer = GFlowGRTrainer(
             recommender,

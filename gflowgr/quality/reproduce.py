@@ -51,9 +51,10 @@ def missing(
     def add_grid(data_set: str, row: str) -> list[Task]:
         if not tune or not ROWS[row].grid or is_complete(row, data_set, place.results):
             return []
-        task, teacher = Task("grid", data_set, row, seeds[0]), ROWS[row].teacher
+        task = Task("grid", data_set, row, seeds[0])
         if task not in tasks:
-            tasks[task] = [] if teacher is None else add_cell(data_set, teacher, seeds[0], True)
+            before = [add_cell(data_set, other, seeds[0], True) for other in ROWS[row].built_on]
+            tasks[task] = [needed for cells in before for needed in cells]
         return [task]
 
     def add_cell(data_set: str, row: str, seed: int, needed: bool) -> list[Task]:

@@ -47,11 +47,15 @@ def _scorer(model: str, **options: Any) -> Row:
     return Row("scorer", {"collaborative": {"model": model, **options}})
 
 
+# Of what goes on from a supervised model: a preference that is pushed too hard undoes what it knew.
+_RATES: dict[str, list[Any]] = {"training.learning_rate": [3e-5, 1e-4, 3e-4]}
+
+
 def _further(
     objective: str, teacher: str | None = None, sections: Mapping[str, Any] | None = None, **training: Any
 ) -> Row:
     settings = {**(sections or {}), "training": {"objective": objective, **training}}
-    return Row("further", settings, start="sft", teacher=teacher)
+    return Row("further", settings, start="sft", teacher=teacher, grid=_RATES)
 
 
 _TERMS: dict[str, dict[str, Any]] = {
@@ -61,7 +65,13 @@ _TERMS: dict[str, dict[str, Any]] = {
 }
 
 
-def _paper(*, without: str | None = None, sections: Mapping[str, Any] | None = None, **training: Any) -> Row:
+def _paper(
+    *,
+    without: str | None = None,
+    sections: Mapping[str, Any] | None = None,
+    like: str | None = "gflowgr-tb",
+    **training: Any,
+) -> Row:
     """GFlowGR as the paper has it (arXiv 2506.16114), but for what is given."""
     literal = {
         "reward": {
@@ -78,7 +88,8 @@ def _paper(*, without: str | None = None, sections: Mapping[str, Any] | None = N
         },
     }
     settings = merge(merge(literal, sections or {}), {"training": training})
-    return Row("further", settings, start="sft", teacher="sasrec")
+    grid = _RATES if like is None else {}
+    return Row("further", settings, start="sft", teacher="sasrec", grid=grid, like=like)
 
 
 _RANDOM = {"sampler": {"strategies": "random"}}
@@ -139,7 +150,7 @@ ROWS: dict[str, Row] = {
         },
         num_trajectories=16,
     ),
-    "gflowgr-tb": _paper(),
+    "gflowgr-tb": _paper(like=None),
     "gflowgr-db": _paper(objective="db"),
     "gflowgr-vargrad": _paper(objective="vargrad", flows="exact"),
     "gflowgr-subtb": _paper(objective="subtb"),
