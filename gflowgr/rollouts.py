@@ -143,7 +143,7 @@ class RolloutPool:
         advance: called with the number of histories each time some are done.
 
     Raises:
-        ValueError: two rows of the histories have one index.
+        ValueError: there are no histories, or two rows have one index.
         OSError: the folder has no room for the file.
     """
 
@@ -159,6 +159,8 @@ class RolloutPool:
         folder: str | os.PathLike[str] | None = None,
         advance: Callable[[int], Any] = lambda done: None,
     ) -> None:
+        if not len(histories):
+            raise ValueError("histories has no rows, needs one at least")
         lengths = (histories.items >= 0).sum(1)
         contexts = (lengths - 1).clamp(min=0)
         if len(histories.index.unique()) < len(lengths):

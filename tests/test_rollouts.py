@@ -449,9 +449,10 @@ def test_a_pool_knows_histories_by_their_index(tmp_path: Path) -> None:
         expected = run.collaborative.table[rolled["items"][row, before]]
         assert torch.equal(scores, expected[items])
         assert rolled["items"][row, before + 1] in items
-    twice = run.train_dataset.select(torch.tensor([0, 0]))
-    with pytest.raises(ValueError, match="rows of one index"):
-        RolloutPool(run.collaborative, twice, copies=1, candidates=0, temperature=1.0, generator=seeded(0))
+    for rows, match in (([0, 0], "rows of one index"), ([], "has no rows")):
+        some = run.train_dataset.select(torch.tensor(rows, dtype=torch.long))
+        with pytest.raises(ValueError, match=match):
+            RolloutPool(run.collaborative, some, copies=1, candidates=0, temperature=1.0, generator=seeded(0))
 
 
 def test_a_pool_that_has_no_room_says_what_takes_less(monkeypatch: pytest.MonkeyPatch) -> None:
