@@ -144,8 +144,13 @@ class Plan:
             model = MODELS[kind](semantic_ids=semantic_ids, **given)
         return model if lora is None else backbones.add_lora(model, **lora)
 
-    def build_collaborative(self, parts: Split, seed: int) -> CollaborativeModel | None:
-        """The recommender behind reward and sampler, fitted to the training part or read from its file."""
+    def build_collaborative(
+        self, parts: Split, seed: int, device: torch.device | str = "cpu"
+    ) -> CollaborativeModel | None:
+        """The recommender behind reward and sampler, fitted to the training part or read from its file.
+
+        A SASRec is fitted on `device`, unless its options name another.
+        """
         if self.collaborative is None:
             return None
         options = dict(self.collaborative)
@@ -153,7 +158,7 @@ class Plan:
             return collaborative.load(options["path"])
         name = options.pop("model", "sasrec")
         if name == collaborative.SASRec.name:
-            options.setdefault("max_history", self.split.get("max_history", 20))
+            options = {"max_history": self.split.get("max_history", 20), "device": device, **options}
         return collaborative.build(
             name, parts.sequences, parts.num_items, validation=parts.validation, **{"seed": seed, **options}
         )

@@ -539,6 +539,10 @@ class _SASRecTrainer:
         network = self.model.network
         log: list[dict[str, float]] = []
         best, best_state, waited = -1.0, None, 0
+        if validation is not None:
+            # Scores come back on the histories' device, and a whole catalogue's are a lot to carry.
+            device = network.start.device
+            history, target = validation.history.to(device), validation.target.to(device)
         with _progress_bar(epochs * self.num_batches, "SASRec", progress) as bar:
             for epoch in range(1, epochs + 1):
                 network.train().requires_grad_(True)
@@ -547,7 +551,7 @@ class _SASRecTrainer:
                 network.eval().requires_grad_(False)
                 entry = {"epoch": float(epoch), "steps": float(self.num_batches), "loss": loss}
                 if validation is not None:
-                    entry["ndcg@10"] = _ndcg(self.model, validation)
+                    entry["ndcg@10"] = _ndcg(self.model, history, target)
                 log.append(entry)
                 bar.set_postfix({name: f"{value:.4g}" for name, value in entry.items()})
                 if validation is None:
@@ -649,16 +653,15 @@ def _digest(name: str, config: str, tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _ndcg(model: Recommender, examples: ExamplesLike, k: int = 10) -> float:
+def _ndcg(model: Recommender, history: Tensor, target: Tensor, k: int = 10) -> float:
     total = 0.0
-    for start in range(0, len(examples.target), model.rows_per_batch):
-        rows = slice(start, start + model.rows_per_batch)
-        scores = model.scores(examples.history[rows])
-        wanted = scores.gather(1, examples.target[rows, None])
+    for rows in torch.arange(len(target), device=target.device).split(model.rows_per_batch):
+        scores = model.scores(history[rows])
+        wanted = scores.gather(1, target[rows, None])
         # Ties count against the target: a model that scores all alike must not look perfect.
         rank = (scores >= wanted).sum(1)
         total += float(torch.where(rank <= k, 1.0 / torch.log2(rank + 1.0), 0.0).sum())
-    return total / len(examples.target)
+    return total / len(target)
 
 
 def _latest(histories: Tensor, count: int) -> Tensor:

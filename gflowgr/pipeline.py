@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from gflowgr.assembly import Plan
     from gflowgr.backbones import GenerativeRecommender
     from gflowgr.collaborative import CollaborativeModel
+    from gflowgr.config import GFlowGRConfig
     from gflowgr.data import Split
     from gflowgr.metrics import Metrics
     from gflowgr.trainer import GFlowGRTrainer
@@ -434,7 +435,7 @@ def fit(
     checkpoint = _open_partial(partial, settings, resume)
     try:
         began = time.perf_counter()
-        scorer = _fit_collaborative(plan, parts, config.seed, partial / COLLABORATIVE)
+        scorer = _fit_collaborative(plan, parts, config, partial / COLLABORATIVE)
         collaborative_seconds = time.perf_counter() - began
         if isinstance(scorer, collaborative.SASRec):
             scorer.to(config.device)
@@ -493,12 +494,14 @@ def _checkpoints(partial: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
-def _fit_collaborative(plan: Plan, parts: Split, seed: int, path: Path) -> CollaborativeModel | None:
+def _fit_collaborative(
+    plan: Plan, parts: Split, config: GFlowGRConfig, path: Path
+) -> CollaborativeModel | None:
     from gflowgr import collaborative
 
     if path.is_file():
         return collaborative.load(path)
-    model = plan.build_collaborative(parts, seed)
+    model = plan.build_collaborative(parts, config.seed, config.device)
     if model is not None:
         assert isinstance(model, collaborative.Recommender)
         model.save(path)

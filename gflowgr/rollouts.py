@@ -138,7 +138,7 @@ class RolloutPool:
         candidates: best items kept of a context, the target among them, which rollouts are drawn among; 0
             keeps none, and rollouts are drawn from the whole catalogue.
         temperature: of the draws, as `roll_out`'s.
-        generator: of the draws, on the CPU.
+        generator: of the draws; on the device that the pool is filled on, where the recommender best is.
         folder: where the file is; the system's for temporary files by default.
         advance: called with the number of histories each time some are done.
 
@@ -186,26 +186,28 @@ class RolloutPool:
     ) -> None:
         width = max(2, int((self._items[0, rows] >= 0).sum(1).max()))
         part = {"items": self._items[0, rows, :width], "value": self._value[0, rows, :width]}
+        part = {name: column.to(generator.device) for name, column in part.items()}
         begin = self._begin[rows]
         if self._candidates is not None:
             place, past, target = _growing(part["items"])
-            context = begin[place[:, 0]] + place[:, 1]
+            context = begin[place[:, 0].cpu()] + place[:, 1].cpu()
             for some in torch.arange(len(context)).split(self._rows_at_once):
                 best = best_items(model.scores(past[some]).float(), target[some], self._candidates.shape[2])
                 self._keep(slice(None), context[some], *best)
         for copy in range(1, 1 + self.copies):
 
             def note(drawn: Tensor, position: int, items: Tensor, scores: Tensor, copy: int = copy) -> None:
-                self._keep(copy, begin[drawn] + position - 1, items, scores)
+                self._keep(copy, begin[drawn.cpu()] + position - 1, items, scores)
 
             among = 0 if self._candidates is None else self._candidates.shape[2]
             rolled = roll_out(model, part, generator, temperature, among, note)
-            self._items[copy, rows, :width] = rolled["items"]
-            self._value[copy, rows, :width] = rolled["value"]
+            self._items[copy, rows, :width] = rolled["items"].cpu()
+            self._value[copy, rows, :width] = rolled["value"].cpu()
 
     def _keep(self, copy: int | slice, context: Tensor, items: Tensor, scores: Tensor) -> None:
         assert self._candidates is not None and self._scores is not None
-        self._candidates[copy, context], self._scores[copy, context] = items.int(), scores
+        self._candidates[copy, context] = items.to("cpu", torch.int32)
+        self._scores[copy, context] = scores.cpu()
 
     def histories(self, index: Tensor, copy: Tensor, width: int) -> dict[str, Tensor]:
         """Histories by their index, "items" and "value" (B, width); `copy` (B,) says which of theirs."""
@@ -247,5 +249,5 @@ def _growing(items: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """All contexts of histories (B, W): row and place (C, 2), what came before (C, W - 1), target (C,)."""
     place = (items[:, 1:] >= 0).nonzero()
     past = items[place[:, 0], :-1]
-    past = past.masked_fill(torch.arange(past.shape[1]) > place[:, 1:], -1)
+    past = past.masked_fill(torch.arange(past.shape[1], device=past.device) > place[:, 1:], -1)
     return place, past, items[place[:, 0], place[:, 1] + 1]

@@ -398,9 +398,9 @@ def test_the_validation_score_is_ndcg_at_10_with_ties_against_the_target() -> No
     ladder = Popularity(torch.arange(NUM_ITEMS, 0, -1))
     everyone = Contexts(torch.full((NUM_ITEMS, 1), -1), torch.arange(NUM_ITEMS))
     expected = sum(1 / math.log2(rank + 1) for rank in range(1, 11)) / NUM_ITEMS
-    assert collaborative._ndcg(ladder, everyone) == pytest.approx(expected)
+    assert collaborative._ndcg(ladder, everyone.history, everyone.target) == pytest.approx(expected)
     flat = Popularity(torch.ones(NUM_ITEMS, dtype=torch.int64))
-    assert collaborative._ndcg(flat, everyone) == 0.0
+    assert collaborative._ndcg(flat, everyone.history, everyone.target) == 0.0
 
 
 def test_a_loss_that_is_not_finite_stops_training_by_name() -> None:

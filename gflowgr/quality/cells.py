@@ -78,7 +78,7 @@ def settings_of(row_name: str, data_set: DataSet, seed: int, place: Place) -> di
         return merge(row.settings, chosen_settings(row_name, data_set.name, place.results))
     if row.kind == "ensemble":
         return {"weights": {row.start: 0.5, row.teacher: 0.5}, "candidates": _CANDIDATES}
-    common = merge(_COMMON, {"training": {"seed": seed, "use_cpu": not torch.cuda.is_available()}})
+    common = merge(_COMMON, {"training": {"seed": seed, "use_cpu": _device().type == "cpu"}})
     if row.kind == "further":
         assert row.start is not None
         folder = place.checkpoint(data_set.name, row.start, seed)
@@ -165,7 +165,7 @@ def fit_scorer(settings: Mapping[str, Any], folder: DataFolder, seed: int) -> Re
     options = dict(settings["collaborative"])
     name = options.pop("model")
     if name == collaborative.SASRec.name:
-        options = {"max_history": MAX_HISTORY, **options}
+        options = {"max_history": MAX_HISTORY, "device": _device(), **options}
     if name != "popularity":
         options["progress"] = False
     return collaborative.build(
@@ -188,6 +188,10 @@ def _rank_scores(model: Recommender, part: Examples, folder: DataFolder) -> Metr
         codes=folder.semantic_ids.codes,
         target_log_probs=torch.cat(of_target) if is_distribution else None,
     )
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Clock(transformers.TrainerCallback):
@@ -245,8 +249,10 @@ def _run_ensemble(
 ) -> _Measured:
     start, teacher = ROWS[row].built_on
     checkpoint = place.checkpoint(data_set.name, start, seed) / pipeline.CHECKPOINT
-    recommender = GenerativeRecommender.load(checkpoint).eval()
+    recommender = GenerativeRecommender.load(checkpoint).eval().to(_device())
     scorer = collaborative.load(place.checkpoint(data_set.name, teacher, seed))
+    if isinstance(scorer, collaborative.SASRec):
+        scorer.to(_device())
     parts = split(folder.log, max_history=MAX_HISTORY)
     return _Measured(
         parts,
@@ -262,7 +268,7 @@ def _rank_mixture(
     """Ranks by the mean of both probabilities, among the best items of either."""
     lists: list[Tensor] = []
     for rows in torch.arange(len(part)).split(256):
-        history = part.history[rows]
+        history = part.history[rows].to(_device())
         probability = scorer.scores(history).softmax(1)
         written = generation.generate(recommender, history, num_items=_CANDIDATES).items
         candidates = torch.cat([probability.topk(_CANDIDATES).indices, written], 1)
@@ -272,7 +278,7 @@ def _rank_mixture(
         mixed = 0.5 * probability.gather(1, candidates) + 0.5 * log_probs.exp()
         twice = (candidates[:, :, None] == candidates[:, None, :]).tril(-1).any(2)
         best = mixed.masked_fill(twice, -1.0).topk(PLACES).indices
-        lists.append(candidates.gather(1, best))
+        lists.append(candidates.gather(1, best).cpu())
     assert folder.semantic_ids is not None
     return ranking_metrics(
         torch.cat(lists), part.target, num_items=scorer.num_items, codes=folder.semantic_ids.codes
@@ -292,7 +298,7 @@ def _cell(
     total = measured.seconds
     for needed in row.built_on:
         total += Cell.load(place.result(data_set.name, needed, seed)).budget["total_seconds"]
-    where = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    where = machine(_device())
     tuned = row.like or row_name
     return Cell(
         dataset=data_set.name,
