@@ -54,7 +54,7 @@ DATA_SETS = {
     data.name: data
     for data in (
         DataSet("scientific", "rqkmeans_unique", epochs=40, extra_steps=300, t5_epochs=12),
-        DataSet("beauty", "letter", epochs=16, extra_steps=500, t5_epochs=6),
+        DataSet("beauty", "letter", epochs=30, extra_steps=500, t5_epochs=6),
         DataSet("instruments", "letter", epochs=16, extra_steps=500, t5_epochs=6),
         DataSet("yelp", "letter", epochs=12, extra_steps=500, t5_epochs=6),
     )
