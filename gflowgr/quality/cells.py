@@ -78,7 +78,7 @@ def settings_of(row_name: str, data_set: DataSet, seed: int, place: Place) -> di
         return merge(row.settings, chosen_settings(row_name, data_set.name, place.results))
     if row.kind == "ensemble":
         return {"weights": {row.start: 0.5, row.teacher: 0.5}, "candidates": _CANDIDATES}
-    common = merge(_COMMON, {"training": {"seed": seed, "use_cpu": _device().type == "cpu"}})
+    common = merge(_COMMON, {"training": {"seed": seed, "use_cpu": device().type == "cpu"}})
     if row.kind == "further":
         assert row.start is not None
         folder = place.checkpoint(data_set.name, row.start, seed)
@@ -165,7 +165,7 @@ def fit_scorer(settings: Mapping[str, Any], folder: DataFolder, seed: int) -> Re
     options = dict(settings["collaborative"])
     name = options.pop("model")
     if name == collaborative.SASRec.name:
-        options = {"max_history": MAX_HISTORY, "device": _device(), **options}
+        options = {"max_history": MAX_HISTORY, "device": device(), **options}
     if name != "popularity":
         options["progress"] = False
     return collaborative.build(
@@ -190,7 +190,8 @@ def _rank_scores(model: Recommender, part: Examples, folder: DataFolder) -> Metr
     )
 
 
-def _device() -> torch.device:
+def device() -> torch.device:
+    """Where cells run: the GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -249,10 +250,10 @@ def _run_ensemble(
 ) -> _Measured:
     start, teacher = ROWS[row].built_on
     checkpoint = place.checkpoint(data_set.name, start, seed) / pipeline.CHECKPOINT
-    recommender = GenerativeRecommender.load(checkpoint).eval().to(_device())
+    recommender = GenerativeRecommender.load(checkpoint).eval().to(device())
     scorer = collaborative.load(place.checkpoint(data_set.name, teacher, seed))
     if isinstance(scorer, collaborative.SASRec):
-        scorer.to(_device())
+        scorer.to(device())
     parts = split(folder.log, max_history=MAX_HISTORY)
     return _Measured(
         parts,
@@ -268,7 +269,7 @@ def _rank_mixture(
     """Ranks by the mean of both probabilities, among the best items of either."""
     lists: list[Tensor] = []
     for rows in torch.arange(len(part)).split(256):
-        history = part.history[rows].to(_device())
+        history = part.history[rows].to(device())
         probability = scorer.scores(history).softmax(1)
         written = generation.generate(recommender, history, num_items=_CANDIDATES).items
         candidates = torch.cat([probability.topk(_CANDIDATES).indices, written], 1)
@@ -298,7 +299,7 @@ def _cell(
     total = measured.seconds
     for needed in row.built_on:
         total += Cell.load(place.result(data_set.name, needed, seed)).budget["total_seconds"]
-    where = machine(_device())
+    where = machine(device())
     tuned = row.like or row_name
     return Cell(
         dataset=data_set.name,

@@ -22,7 +22,7 @@ def grid_path(row: str, data_set: str, results: Path) -> Path:
 
 def read_grid(row: str, data_set: str, results: Path) -> list[dict[str, Any]]:
     """The points tried so far: "settings" by dotted names, "base", the digest of the row's other settings at
-    that time, "validation" metrics, "seed", "seconds", "commit".
+    that time, "validation" metrics, "seed", "steps", "seconds", "commit", "device".
 
     Raises:
         ValueError: the file is something else.

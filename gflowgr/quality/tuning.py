@@ -6,12 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from gflowgr import pipeline
 from gflowgr.bench.table import machine
 from gflowgr.folders import remove
-from gflowgr.quality.cells import Clock, Place, fit_scorer, settings_of
+from gflowgr.quality.cells import Clock, Place, device, fit_scorer, settings_of
 from gflowgr.quality.data import DataSet
 from gflowgr.quality.grids import METRIC, base_of, nested, read_grid, tried_points, write_grid
 from gflowgr.quality.rows import ROWS
@@ -41,6 +39,7 @@ def try_point(
             teacher.parent.mkdir(parents=True, exist_ok=True)
             fit_scorer(settings_of(row.teacher, data_set, seed, place), whole, seed).save(teacher)
         settings["collaborative"] = {"path": str(teacher)}
+    where = machine(device())
     clock = Clock(f"{data_set.name} {name}")
     resume = any(partial.glob("checkpoint-*/trainer_state.json"))
     if not resume:
@@ -53,8 +52,10 @@ def try_point(
         "base": base_of(row_name),
         "seed": seed,
         "validation": {name: round(value, 6) for name, value in metrics.items()},
+        "steps": fitted.trainer.state.max_steps,
         "seconds": round(clock.seconds, 1),
-        "commit": machine(torch.device("cpu"))["commit"],
+        "commit": where["commit"],
+        "device": where["cpu"] if where["device"] == "cpu" else where["device"],
     }
 
 
