@@ -53,7 +53,7 @@ def missing(
             return []
         task = Task("grid", data_set, row, seeds[0])
         if task not in tasks:
-            before = [add_cell(data_set, other, seeds[0], True) for other in ROWS[row].built_on]
+            before = [add_cell(data_set, *needed, True) for needed in ROWS[row].needs(seeds[0])]
             tasks[task] = [needed for cells in before for needed in cells]
         return [task]
 
@@ -65,8 +65,8 @@ def missing(
         if is_there and (not needed or place.checkpoint(data_set, row, seed).exists()):
             return []
         before = add_grid(data_set, ROWS[row].like or row)
-        for other in ROWS[row].built_on:
-            before += add_cell(data_set, other, seed, True)
+        for needed_row, needed_seed in ROWS[row].needs(seed):
+            before += add_cell(data_set, needed_row, needed_seed, True)
         tasks[task] = before
         return [task]
 
