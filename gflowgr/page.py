@@ -111,18 +111,25 @@ def embed(figure: Figure, alt: str, caption: str) -> str:
 
 def blank_axes(width: float, height: float) -> tuple[Figure, Axes]:
     """Empty axes on a figure of that many inches."""
+    figure, (axes,) = axes_side_by_side(width, height, 1)
+    return figure, axes
+
+
+def axes_side_by_side(width: float, height: float, count: int) -> tuple[Figure, list[Axes]]:
+    """Empty axes with one y axis between them, on a figure of that many inches."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasSVG(figure)
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#b9c0c9")
-    axes.tick_params(colors="#59616b", labelsize=9, length=3)
-    axes.xaxis.label.set(color="#59616b", size=9)
-    axes.yaxis.label.set(color="#59616b", size=9)
-    return figure, axes
+    row = list(figure.subplots(1, count, sharey=True, squeeze=False)[0])
+    for axes in row:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color("#b9c0c9")
+        axes.tick_params(colors="#59616b", labelsize=9, length=3)
+        axes.xaxis.label.set(color="#59616b", size=9)
+        axes.yaxis.label.set(color="#59616b", size=9)
+    return figure, row
 
 
 def name_rows(axes: Axes, names: Sequence[str]) -> None:

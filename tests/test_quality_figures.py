@@ -5,8 +5,9 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 
-from gflowgr.quality.figures import ABLATIONS, ablations, trade_off, write_figures
+from gflowgr.quality.figures import ABLATIONS, ablations, overview, write_figures
 from gflowgr.quality.results import Cell
 from gflowgr.quality.rows import ROWS
 from gflowgr.quality.table import make_table, read_tables
@@ -45,15 +46,19 @@ def test_every_ablation_is_a_row() -> None:
     assert all(row in ROWS for rows in ABLATIONS.values() for row in rows)
 
 
-def test_rows_lie_at_their_coverage_and_accuracy() -> None:
+def test_rows_lie_at_their_accuracy_and_coverage_the_best_on_top() -> None:
     cells = [cell_of("sft", 3, 0.6), cell_of("gflowgr", 1, 0.4), cell_of("gflowgr-tb-n1", 2)]
-    axes = trade_off(make_table("toys", cells)).axes[0]
-    points = {text.get_text(): text.xy for text in axes.texts}
-    gains = {row: (USERS - 1) / USERS / np.log2(1.0 + rank) for row, rank in (("sft", 3), ("gflowgr", 1))}
-    assert points == {
-        "sft": (0.6, pytest.approx(gains["sft"])),
-        "gflowgr": (0.4, pytest.approx(gains["gflowgr"])),
-    }
+    accuracy, coverage = overview(make_table("toys", cells)).axes
+    assert [label.get_text() for label in accuracy.get_yticklabels()] == ["gflowgr", "sft"]
+    assert accuracy.get_ylim()[0] > accuracy.get_ylim()[1]
+
+    def points(axes: Axes) -> list[tuple[float, float]]:
+        lines = [line for line in axes.lines if line.get_marker() == "o"]
+        return [(float(line.get_xdata()[0]), float(line.get_ydata()[0])) for line in lines]
+
+    gains = [(USERS - 1) / USERS / np.log2(1.0 + rank) for rank in (1, 3)]
+    assert points(accuracy) == [(pytest.approx(gains[0]), 0), (pytest.approx(gains[1]), 1)]
+    assert points(coverage) == [(0.4, 0), (0.6, 1)]
 
 
 def test_ablations_are_differences_to_continued_fine_tuning() -> None:

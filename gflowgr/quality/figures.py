@@ -1,4 +1,4 @@
-"""Figures of the table: accuracy against coverage, and what each part of the paper's recipe is worth."""
+"""Figures of the table: accuracy and coverage of its rows, and what each part of the paper's form gives."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gflowgr.page import ACCENT, GREY, PLAIN, blank_axes, name_rows, svg
+from gflowgr.page import ACCENT, GREY, PLAIN, axes_side_by_side, blank_axes, metric_name, name_rows, svg
 from gflowgr.quality.pairing import paired_difference
 from gflowgr.quality.results import Cell, load_cells
-from gflowgr.quality.table import Table
+from gflowgr.quality.table import DECIDING, SUBJECT, Spread, Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,6 +34,7 @@ ABLATIONS = {
     "objective": ("gflowgr-tb", "gflowgr-db", "gflowgr-subtb", "gflowgr-vargrad"),
 }
 CONTROL = "sft-continued"
+SHOWN = (DECIDING, "coverage@10")
 
 
 def write_figures(tables: Sequence[Table], results: Path, folder: Path) -> list[Path]:
@@ -41,7 +42,7 @@ def write_figures(tables: Sequence[Table], results: Path, folder: Path) -> list[
     written = []
     for table in tables:
         cells = load_cells(results / table.dataset)
-        figures = {"quality": trade_off(table), "ablations": ablations(table.dataset, cells)}
+        figures = {"quality": overview(table), "ablations": ablations(table.dataset, cells)}
         for kind, figure in figures.items():
             if figure is not None:
                 path = folder / f"{kind}-{table.dataset}.svg"
@@ -50,26 +51,34 @@ def write_figures(tables: Sequence[Table], results: Path, folder: Path) -> list[
     return written
 
 
-def trade_off(table: Table) -> Figure:
-    """Every row by coverage@10 and NDCG@10, means over its seeds."""
-    figure, axes = blank_axes(8.0, 5.0)
-    for line in table.lines:
-        accuracy, coverage = line.metrics["ndcg@10"], line.metrics["coverage@10"]
-        if line.row.startswith("gflowgr-tb-") or accuracy is None or coverage is None:
-            continue
-        colour = ACCENT if line.row == "gflowgr" else PLAIN if line.row.startswith("gflowgr") else GREY
-        axes.plot(coverage.mean, accuracy.mean, "o", color=colour, markersize=6)
-        axes.annotate(
-            line.row,
-            (coverage.mean, accuracy.mean),
-            xytext=(5, 3),
-            textcoords="offset points",
-            fontsize=8,
-            color=colour,
-        )
-    axes.set_xlabel("coverage@10: share of the catalogue in anyone's list")
-    axes.set_ylabel(f"test NDCG@10, {table.dataset}")
+def overview(table: Table) -> Figure:
+    """NDCG@10 and coverage@10 of every row but the ablations, means and deviations over seeds, best first."""
+    lines = [line for line in table.lines if not line.row.startswith("gflowgr-tb-")]
+    lines = [line for line in lines if line.metrics[DECIDING] is not None]
+    lines.sort(key=lambda line: -_mean(line.metrics[DECIDING]))
+    figure, row = axes_side_by_side(8.0, 0.6 + 0.23 * len(lines), len(SHOWN))
+    for axes, metric in zip(row, SHOWN, strict=True):
+        for place, line in enumerate(lines):
+            spread = line.metrics[metric]
+            if spread is None:
+                continue
+            colour = ACCENT if line.row == SUBJECT else PLAIN if SUBJECT in line.row else GREY
+            axes.errorbar(
+                spread.mean, place, xerr=spread.deviation or 0.0, fmt="o", color=colour, markersize=5
+            )
+        axes.grid(axis="x", color="#eceef1")
+        axes.set_xlabel(f"test {metric_name(metric)}, {table.dataset}")
+        axes.set_xlim(left=0)
+    name_rows(row[0], [line.row for line in lines])
+    for axes in row[1:]:
+        axes.tick_params(axis="y", length=0)
+        axes.set_axisbelow(True)
     return figure
+
+
+def _mean(spread: Spread | None) -> float:
+    assert spread is not None
+    return spread.mean
 
 
 def ablations(data_set: str, cells: Sequence[Cell]) -> Figure | None:
