@@ -24,6 +24,7 @@ from gflowgr.quality.reproduce import Task, missing, reproduce
 from gflowgr.quality.results import Cell, load_cells, load_users
 from gflowgr.quality.rows import MAIN, ROWS
 from gflowgr.recipes import RECIPES
+from gflowgr.semantic_ids import embed_text, quantise, resolve_collisions
 from gflowgr.settings import merge, read_yaml
 
 TINY = DataSet("tiny", "codes", epochs=2, extra_steps=3, t5_epochs=1)
@@ -314,6 +315,30 @@ class TestReproduce:
             # The pipe's other end closes with the last of them.
             left, _ = parent.communicate(timeout=60)
             assert left == ""
+
+
+class TestTokenizers:
+    def test_given_codes_share_a_leaf_or_get_a_level(self, place: Place) -> None:
+        codes = np.stack([np.arange(ITEMS) // 6, np.arange(ITEMS) % 6], 1)
+        codes[1] = codes[0]
+        np.save(place.data / "tiny" / "semantic_ids" / "codes.npy", codes.astype(np.int16))
+        shared = TINY.load(place.data).semantic_ids
+        assert shared is not None and shared.codes.shape == (ITEMS, 2)
+        data = replace(TINY, name="other", folder="tiny", collisions="extra-level")
+        resolved = data.load(place.data).semantic_ids
+        assert resolved is not None and resolved.codes[:2].tolist() == [[0, 0, 0], [0, 0, 1]]
+        assert data.tokenizer == "codes, extra-level" and TINY.tokenizer == "codes"
+
+    def test_our_own_codes_come_from_the_texts_of_the_items(self, place: Place) -> None:
+        texts = [f"word{item % 5} word{item % 7} of {item % 3}" for item in range(ITEMS)]
+        table = pandas.DataFrame({"item_id": range(ITEMS), "text": texts})
+        table.sample(frac=1.0, random_state=0).to_parquet(place.data / "tiny" / "items.parquet")
+        loaded = replace(TINY, codes="text", collisions="extra-level").load(place.data).semantic_ids
+        wanted = resolve_collisions(quantise(embed_text(texts)))
+        assert loaded is not None and np.array_equal(loaded.codes.numpy(), wanted)
+        table[1:].to_parquet(place.data / "tiny" / "items.parquet")
+        with pytest.raises(ValueError, match="needs one row for each of the log's items"):
+            replace(TINY, codes="text").load(place.data)
 
 
 def test_rows_are_built_on_rows() -> None:

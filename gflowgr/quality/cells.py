@@ -316,7 +316,7 @@ def _cell(
         dataset=data_set.name,
         row=row_name,
         seed=seed,
-        settings=_portable({**settings, "semantic_ids": data_set.codes}, place),
+        settings=_portable({**settings, "semantic_ids": data_set.tokenizer}, place),
         grid=grid_of(tuned, data_set.name, place.results),
         built_on=row.built_on,
         budget={

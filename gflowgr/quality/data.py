@@ -1,15 +1,19 @@
-"""A data set of the table: interactions and ready-made semantic IDs, and how long a training on it takes."""
+"""A data set of the table: interactions and semantic IDs, and how long a training on it takes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
-from gflowgr.data import read_log
-from gflowgr.folders import DataFolder, Items
-from gflowgr.semantic_ids import SemanticIds
+from gflowgr.data import InteractionLog, read_log
+from gflowgr.folders import DataFolder, Items, read_table
+from gflowgr.semantic_ids import SemanticIds, embed_text, quantise, resolve_collisions
+
+# Codes that are made here, as `gflowgr tokenize` makes them unless told otherwise.
+FROM_TEXT = "text"
 
 
 @dataclass(frozen=True)
@@ -17,11 +21,14 @@ class DataSet:
     """Which of its semantic IDs a data set is run with, and its budget.
 
     Attributes:
-        name: of the data set and its folder.
-        codes: file name of the semantic IDs, without ending.
+        name: of the data set.
+        codes: file name of the semantic IDs, without ending; "text" for our own from the items' texts.
         epochs: of a training from scratch, on whole histories.
         extra_steps: of a training that goes on, on single contexts.
         t5_epochs: of a T5 from scratch, on single contexts.
+        folder: where its files are, by default in one of its name.
+        collisions: whether items that share their codes stay together on one leaf ("multiplicity") or get one
+            more code ("extra-level").
     """
 
     name: str
@@ -29,31 +36,67 @@ class DataSet:
     epochs: int
     extra_steps: int
     t5_epochs: int
+    folder: str = ""
+    collisions: Literal["multiplicity", "extra-level"] = "multiplicity"
+
+    @property
+    def tokenizer(self) -> str:
+        """What made the semantic IDs, in words for a result file."""
+        return self.codes if self.collisions == "multiplicity" else f"{self.codes}, {self.collisions}"
 
     def load(self, root: Path) -> DataFolder:
-        """Reads `root/<name>/interactions.parquet` and `root/<name>/semantic_ids/<codes>.npy`.
-
-        Items that share their codes stay together on one leaf.
+        """Reads `interactions.parquet` and `semantic_ids/<codes>.npy` or `items.parquet` under its folder.
 
         Raises:
             FileNotFoundError: a file is missing.
             ValueError: ids that do not number the rows of the codes.
         """
-        folder = root / self.name
+        folder = root / (self.folder or self.name)
         log = read_log(folder / "interactions.parquet")
-        semantic_ids = SemanticIds.from_npy(folder / "semantic_ids" / f"{self.codes}.npy")
-        if not np.array_equal(log.item_ids, np.arange(semantic_ids.num_items)):
-            raise ValueError(
-                f"{folder}: needs items 0 .. {semantic_ids.num_items - 1}, a row of {self.codes}.npy each"
-            )
+        if self.codes == FROM_TEXT:
+            codes = quantise(embed_text(_texts(folder, log)))
+        else:
+            codes = SemanticIds.from_npy(folder / "semantic_ids" / f"{self.codes}.npy").codes.numpy()
+        if not np.array_equal(log.item_ids, np.arange(len(codes))):
+            raise ValueError(f"{folder}: needs items 0 .. {len(codes) - 1}, a row of {self.codes}.npy each")
+        semantic_ids = SemanticIds(resolve_collisions(codes, self.collisions))
         names = [str(item) for item in log.item_ids]
         return DataFolder(folder, log, Items(log.item_ids, names, [None] * len(names)), semantic_ids)
 
 
+def _texts(folder: Path, log: InteractionLog) -> list[str]:
+    """Of the log's items, in their order.
+
+    Raises:
+        ValueError: an item is missing, or is there twice.
+    """
+    table = read_table(folder / "items.parquet", ["item_id", "text"]).sort_values("item_id")
+    if not np.array_equal(table["item_id"], log.item_ids):
+        raise ValueError(f"{folder / 'items.parquet'}: needs one row for each of the log's items")
+    return [str(text) for text in table["text"]]
+
+
+_SCIENTIFIC = DataSet("scientific", "rqkmeans_unique", epochs=40, extra_steps=300, t5_epochs=12)
 DATA_SETS = {
     data.name: data
     for data in (
-        DataSet("scientific", "rqkmeans_unique", epochs=40, extra_steps=300, t5_epochs=12),
+        _SCIENTIFIC,
+        # The same log under other tokenizers.
+        replace(_SCIENTIFIC, name="scientific-rqvae", codes="rqvae", folder="scientific"),
+        replace(
+            _SCIENTIFIC,
+            name="scientific-rqvae-resolved",
+            codes="rqvae",
+            folder="scientific",
+            collisions="extra-level",
+        ),
+        replace(
+            _SCIENTIFIC,
+            name="scientific-text",
+            codes=FROM_TEXT,
+            folder="scientific",
+            collisions="extra-level",
+        ),
         DataSet("beauty", "letter", epochs=30, extra_steps=500, t5_epochs=6),
         DataSet("instruments", "letter", epochs=16, extra_steps=500, t5_epochs=6),
         DataSet("yelp", "letter", epochs=12, extra_steps=500, t5_epochs=6),
