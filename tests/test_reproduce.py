@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from gflowgr.assembly import Plan
 from gflowgr.quality import cells, tuning
 from gflowgr.quality.cells import Place
 from gflowgr.quality.data import DATA_SETS, DataSet
-from gflowgr.quality.grids import best_point, chosen_settings, read_grid
+from gflowgr.quality.grids import base_of, best_point, chosen_settings, read_grid
 from gflowgr.quality.reproduce import Task, missing, reproduce
 from gflowgr.quality.results import Cell, load_cells, load_users
 from gflowgr.quality.rows import MAIN, ROWS
@@ -231,6 +232,11 @@ class TestTuning:
         assert chosen_settings("sft", "tiny", place.results) != {}
 
 
+def tried(point: dict[str, Any]) -> dict[str, Any]:
+    """What a point of the supervised model's grid could have come to."""
+    return {"settings": point, "base": base_of("sft"), "seed": 0, "validation": {"ndcg@10": 0.1}}
+
+
 def shuffle_items(path: Path, from_the_end: int) -> None:
     """Deals the users' last (1) or last but one (2) items out among them."""
     frame = pandas.read_parquet(path).sort_values(["user_id", "timestamp"]).reset_index(drop=True)
@@ -254,8 +260,8 @@ class TestMissing:
 
     def test_an_average_comes_after_its_members(self, place: Place) -> None:
         tasks = missing(["tiny"], ["gflowgr-average"], [2], place)
-        members = [Task("cell", "tiny", "sasrec", seed) for seed in (6, 7, 8)]
-        assert tasks[Task("cell", "tiny", "sasrec-average", 2)] == members
+        members = [Task("tiny", "sasrec", seed) for seed in (6, 7, 8)]
+        assert tasks[Task("tiny", "sasrec-average", 2)] == members
         assert list(tasks) == [*members, *list(tasks)[3:]]
 
     def test_a_result_that_is_there_is_not_made_again(self, place: Place) -> None:
@@ -269,11 +275,19 @@ class TestMissing:
 
     def test_grids_come_first(self, place: Place) -> None:
         tasks = missing(["tiny"], ["sft-smoothed", "gflowgr-flows"], [1, 2], place, tune=True)
-        grids = [task for task in tasks if task.what == "grid"]
-        assert grids == [Task("grid", "tiny", "sft", 1), Task("grid", "tiny", "gflowgr", 1)]
+        points = [task for task in tasks if task.point]
+        assert points == [
+            Task("tiny", row, 1, tuple(point.items()))
+            for row in ("sft", "gflowgr")
+            for point in ROWS[row].points()
+        ]
         for task, before in tasks.items():
             if task.row == "gflowgr-flows":
-                assert grids[1] in before
+                assert set(before) >= {point for point in points if point.row == "gflowgr"}
+        for point in ROWS["sft"].points()[:2]:
+            tuning.add_point("sft", "tiny", place.results, tried(point))
+        left = missing(["tiny"], ["sft"], [1], place, tune=True)
+        assert [dict(task.point) for task in left] == [*ROWS["sft"].points()[2:], {}]
 
     def test_unknown_names(self, place: Place) -> None:
         with pytest.raises(ValueError, match="did you mean 'gflowgr'"):
@@ -287,11 +301,27 @@ class TestReproduce:
         self, place: Place, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         # In processes of their own the small data set is unknown, so each of them fails at once.
-        first, second = Task("cell", "tiny", "sft", 0), Task("cell", "tiny", "sft-continued", 0)
+        first, second = Task("tiny", "sft", 0), Task("tiny", "sft-continued", 0)
         said: list[str] = []
         with pytest.raises(KeyError, match="tiny"):
             reproduce({first: [], second: [first]}, place, jobs=2, say=said.append)
         assert said[-1] == "tiny sft-continued seed 0: left out, what it needs has failed"
+
+    def test_points_are_tried_side_by_side_and_the_cell_takes_the_best(
+        self, place: Place, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(DATA_SETS, "tiny", TINY)
+        module = sys.modules["gflowgr.quality.reproduce"]
+        monkeypatch.setattr(module, "ProcessPoolExecutor", lambda jobs, **_: ThreadPoolExecutor(jobs))
+        grid = {"training.learning_rate": [1e-3, 1e-2]}
+        monkeypatch.setitem(ROWS, "sft", replace(ROWS["sft"], grid=grid))
+        reproduce(missing(["tiny"], ["sft"], [0], place, tune=True), place, say=lambda line: None)
+        points = read_grid("sft", "tiny", place.results)
+        assert [point["settings"] for point in points] == ROWS["sft"].points()
+        (cell,) = load_cells(place.results / "tiny")
+        assert cell.grid == {"file": "tuning/sft.json", "points": 2}
+        best = best_point(points)["training.learning_rate"]
+        assert cell.settings["training"]["learning_rate"] == best
 
     def test_a_killed_run_leaves_no_process_that_goes_on(self, tmp_path: Path) -> None:
         script = tmp_path / "long.py"

@@ -16,20 +16,20 @@ from gflowgr.config import check_keys
 from gflowgr.quality import cells, tuning
 from gflowgr.quality.cells import Place
 from gflowgr.quality.data import DATA_SETS
-from gflowgr.quality.grids import is_complete
 from gflowgr.quality.rows import ROWS
 
 
 class Task(NamedTuple):
-    """A cell to run, or a row's grid to try (of one seed)."""
+    """A cell to run, or a point of a row's grid to try with a seed, as pairs of a setting and its value."""
 
-    what: str
     data_set: str
     row: str
     seed: int
+    point: tuple[tuple[str, Any], ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.data_set} {self.row} seed {self.seed}{'' if self.what == 'cell' else ', grid'}"
+        settings = "".join(f", {name}={value}" for name, value in self.point)
+        return f"{self.data_set} {self.row} seed {self.seed}{settings}"
 
 
 def missing(
@@ -49,16 +49,18 @@ def missing(
     tasks: dict[Task, list[Task]] = {}
 
     def add_grid(data_set: str, row: str) -> list[Task]:
-        if not tune or not ROWS[row].grid or is_complete(row, data_set, place.results):
+        if not tune or not ROWS[row].grid:
             return []
-        task = Task("grid", data_set, row, seeds[0])
-        if task not in tasks:
-            before = [add_cell(data_set, *needed, True) for needed in ROWS[row].needs(seeds[0])]
-            tasks[task] = [needed for cells in before for needed in cells]
-        return [task]
+        points = tuning.untried(row, data_set, place.results)
+        grid = [Task(data_set, row, seeds[0], tuple(point.items())) for point in points]
+        for task in grid:
+            if task not in tasks:
+                before = [add_cell(data_set, *needed, True) for needed in ROWS[row].needs(seeds[0])]
+                tasks[task] = [needed for cells in before for needed in cells]
+        return grid
 
     def add_cell(data_set: str, row: str, seed: int, needed: bool) -> list[Task]:
-        task = Task("cell", data_set, row, seed)
+        task = Task(data_set, row, seed)
         if task in tasks:
             return [task]
         is_there = place.result(data_set, row, seed).is_file()
@@ -88,7 +90,7 @@ def reproduce(
     waiting = dict(tasks)
     done: set[Task] = set()
     failed: set[Task] = set()
-    running: dict[Future[None], Task] = {}
+    running: dict[Future[dict[str, Any] | None], Task] = {}
     first_error: BaseException | None = None
     threads = max(1, _cores() // jobs)
     context = multiprocessing.get_context("spawn")
@@ -108,6 +110,10 @@ def reproduce(
                 task = running.pop(future)
                 error = future.exception()
                 if error is None:
+                    point = future.result()
+                    if point is not None:
+                        # One process alone writes a grid's file.
+                        tuning.add_point(task.row, task.data_set, place.results, point)
                     done.add(task)
                     continue
                 failed.add(task)
@@ -134,14 +140,13 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _run(task: Task, place: Place, threads: int) -> None:
+def _run(task: Task, place: Place, threads: int) -> dict[str, Any] | None:
     torch.set_num_threads(threads)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     data_set = DATA_SETS[task.data_set]
-    if task.what == "grid":
-        tuning.tune(task.row, data_set, task.seed, place)
-        return
+    if task.point:
+        return tuning.try_point(task.row, dict(task.point), data_set, task.seed, place)
     cell = cells.run(task.row, data_set, task.seed, place)
     found: Any = {name: cell.test[name] for name in ("recall@10", "ndcg@10")}
     print(
@@ -149,3 +154,4 @@ def _run(task: Task, place: Place, threads: int) -> None:
         f"{cell.budget['seconds']:.0f} s of steps",
         flush=True,
     )
+    return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from gflowgr import pipeline
@@ -59,13 +60,20 @@ def try_point(
     }
 
 
+def untried(row: str, data_set: str, results: Path) -> list[dict[str, Any]]:
+    """The points of a row's grid that have not been tried with the settings that the row has now."""
+    known = [point["settings"] for point in tried_points(row, data_set, results)]
+    return [point for point in ROWS[row].points() if point not in known]
+
+
+def add_point(row: str, data_set: str, results: Path, point: Mapping[str, Any]) -> None:
+    """Writes a point that was tried beside the others, and says what came out."""
+    write_grid(row, data_set, results, [*read_grid(row, data_set, results), point])
+    found = point["validation"][METRIC]
+    print(f"{data_set} {row} {dict(point['settings'])}: validation {METRIC} {found:.4f}", flush=True)
+
+
 def tune(row: str, data_set: DataSet, seed: int, place: Place) -> None:
     """Tries every point of a row's grid that has not been tried, and writes each as it comes."""
-    points = read_grid(row, data_set.name, place.results)
-    known = [point["settings"] for point in tried_points(row, data_set.name, place.results)]
-    for point in ROWS[row].points():
-        if point not in known:
-            points.append(try_point(row, point, data_set, seed, place))
-            write_grid(row, data_set.name, place.results, points)
-            found = points[-1]["validation"][METRIC]
-            print(f"{data_set.name} {row} {point}: validation {METRIC} {found:.4f}", flush=True)
+    for point in untried(row, data_set.name, place.results):
+        add_point(row, data_set.name, place.results, try_point(row, point, data_set, seed, place))
