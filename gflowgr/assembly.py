@@ -149,7 +149,7 @@ class Plan:
     ) -> CollaborativeModel | None:
         """The recommender behind reward and sampler, fitted to the training part or read from its file.
 
-        SASRecs are fitted on `device`, unless their options name another.
+        A SASRec is fitted on `device`, unless its options name another.
         """
         if self.collaborative is None:
             return None
@@ -157,7 +157,7 @@ class Plan:
         if "path" in options:
             return collaborative.load(options["path"])
         name = options.pop("model", "sasrec")
-        if collaborative.MODELS[name] in collaborative.SASRECS:
+        if name == collaborative.SASRec.name:
             options = {"max_history": self.split.get("max_history", 20), "device": device, **options}
         return collaborative.build(
             name, parts.sequences, parts.num_items, validation=parts.validation, **{"seed": seed, **options}
@@ -191,7 +191,7 @@ class Plan:
         self, scorer: CollaborativeModel | None, rows: Examples | Histories
     ) -> CollaborativeModel | None:
         """The same scores at less cost, where the rows' contexts are each other's beginnings."""
-        if isinstance(scorer, collaborative.SASRECS) and isinstance(rows, Histories):
+        if isinstance(scorer, collaborative.SASRec) and isinstance(rows, Histories):
             return SharedPrefixes(scorer)
         return scorer
 
@@ -258,9 +258,6 @@ def _check_collaborative(settings: dict[str, Any]) -> None:
         raise ValueError(f"collaborative.model is {name!r}, needs one of {', '.join(collaborative.MODELS)}")
     options = {key: value for key, value in settings.items() if key != "model"}
     fit = collaborative.MODELS[name].fit  # type: ignore[attr-defined]
-    if name == collaborative.SASRecAverage.name:
-        options.pop("members", None)
-        fit = collaborative.SASRec.fit
     check_options(fit, options, f"collaborative of model {name!r}", ("sequences", "num_items", "validation"))
 
 

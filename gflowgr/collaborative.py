@@ -12,7 +12,7 @@ import json
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path
@@ -423,79 +423,6 @@ class SASRec(Recommender):
         return cls(network)
 
 
-class SASRecAverage(Recommender):
-    """Several SASRecs that differ in their seeds, the mean of their probabilities.
-
-    What one of them takes for a pattern by chance the others do not: on a sparse log the mean ranks better
-    than any member, and teaches better, at `len(members)` times the cost. Scores are logarithms.
-    """
-
-    name = "sasrec-average"
-
-    def __init__(self, members: Sequence[SASRec]) -> None:
-        if not members:
-            raise ValueError("members: got none, need one SASRec at least")
-        self.members = list(members)
-        self.num_items = members[0].num_items
-        for member in members:
-            if member.num_items != self.num_items:
-                raise ValueError(
-                    f"members: got catalogues of {self.num_items} and {member.num_items} items, need one"
-                )
-
-    @classmethod
-    def fit(
-        cls,
-        sequences: SequencesLike,
-        num_items: int,
-        *,
-        validation: ExamplesLike | None = None,
-        seed: int = 0,
-        members: int = 3,
-        **options: Any,
-    ) -> SASRecAverage:
-        """Fit `members` SASRecs with their `options`; member i of seed s has the seed `members * s + i`."""
-        _check_positive("members", members, integer=True)
-        seeds = (members * seed + number for number in range(members))
-        return cls(
-            [SASRec.fit(sequences, num_items, validation=validation, seed=own, **options) for own in seeds]
-        )
-
-    def to(self, device: str | torch.device) -> SASRecAverage:
-        """Move the networks; scores come back on the device of the histories."""
-        for member in self.members:
-            member.to(device)
-        return self
-
-    def _scores(self, histories: Tensor) -> Tensor:
-        return mean_log_probabilities(member._scores(histories) for member in self.members)
-
-    def _tensors(self) -> dict[str, Tensor]:
-        return {
-            f"{number}.{name}": tensor
-            for number, member in enumerate(self.members)
-            for name, tensor in member._tensors().items()
-        }
-
-    def _config(self) -> dict[str, Any]:
-        return {"members": [member._config() for member in self.members]}
-
-    @classmethod
-    def _restore(cls, tensors: dict[str, Tensor], config: dict[str, Any]) -> SASRecAverage:
-        members: list[SASRec] = []
-        for number, own in enumerate(config["members"]):
-            start = f"{number}."
-            named = {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
-            members.append(SASRec._restore(named, own))
-        return cls(members)
-
-
-def mean_log_probabilities(logits: Iterable[Tensor]) -> Tensor:
-    """log of the mean over models of their softmax, for logits (B, N) each."""
-    log_probs = torch.stack([scores.float().log_softmax(-1) for scores in logits])
-    return log_probs.logsumexp(0) - math.log(len(log_probs))
-
-
 class SASRecNetwork(nn.Module):
     """Item and position embeddings, pre-norm blocks, a final norm; the logits reuse the item embedding."""
 
@@ -667,11 +594,7 @@ class _SASRecTrainer:
         return total
 
 
-# Those with a network: on a device of their choice, with an end that validation decides.
-SASRECS = (SASRec, SASRecAverage)
-MODELS: dict[str, type[Recommender]] = {
-    model.name: model for model in (Popularity, ItemKNN, ALS, SASRec, SASRecAverage)
-}
+MODELS: dict[str, type[Recommender]] = {model.name: model for model in (Popularity, ItemKNN, ALS, SASRec)}
 
 
 def build(
@@ -683,16 +606,16 @@ def build(
     seed: int = 0,
     **options: Any,
 ) -> Recommender:
-    """Fit the recommender `name`, one of `MODELS`, with its fit's `options`.
+    """Fit the recommender `name` ("popularity", "item-knn", "als", "sasrec") with its fit's `options`.
 
-    `validation` goes to the models that stop early by it (SASRecs); the others have nothing to choose.
+    `validation` goes to the models that stop early by it (SASRec); the others have nothing to choose.
     Raises ValueError for an unknown name, TypeError for an option that the model does not have.
     """
     if name not in MODELS:
         near = difflib.get_close_matches(str(name), MODELS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"name: got {name!r}, need one of {', '.join(MODELS)}{hint}")
-    if MODELS[name] in SASRECS:
+    if name == SASRec.name:
         options["validation"] = validation
     return MODELS[name].fit(sequences, num_items, seed=seed, **options)  # type: ignore[attr-defined]
 

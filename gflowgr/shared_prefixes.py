@@ -1,11 +1,11 @@
-"""SASRecs' scores for histories that grow item by item, as training on whole histories asks for them."""
+"""A SASRec's scores for histories that grow item by item, as training on whole histories asks for them."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from gflowgr.collaborative import SASRec, SASRecAverage, mean_log_probabilities
+from gflowgr.collaborative import SASRec
 
 
 class SharedPrefixes:
@@ -16,18 +16,13 @@ class SharedPrefixes:
     of n items, n times less work.
     """
 
-    def __init__(self, model: SASRec | SASRecAverage) -> None:
+    def __init__(self, model: SASRec) -> None:
         self.model = model
         self.num_items = model.num_items
-        self.members = (
-            [SharedPrefixes(member) for member in model.members] if isinstance(model, SASRecAverage) else []
-        )
 
     @torch.no_grad()
     def scores(self, histories: Tensor) -> Tensor:
         """(B, H) item ids, oldest first, right-padded with -1 -> (B, N) float32."""
-        if isinstance(self.model, SASRecAverage):
-            return mean_log_probabilities(member.scores(histories) for member in self.members)
         network = self.model.network
         if histories.shape[0] < 2 or histories.shape[1] > network.max_history:
             return self.model.scores(histories)

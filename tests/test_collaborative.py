@@ -24,7 +24,6 @@ from gflowgr.collaborative import (
     Popularity,
     Recommender,
     SASRec,
-    SASRecAverage,
     build,
     load,
 )
@@ -86,7 +85,6 @@ QUICK = {
     "item-knn": {"progress": False},
     "als": {"progress": False, "factors": 8, "iterations": 3},
     "sasrec": {"progress": False, "hidden_size": 16, "epochs": 2, "max_history": 6},
-    "sasrec-average": {"progress": False, "hidden_size": 16, "epochs": 1, "max_history": 6, "members": 2},
 }
 
 
@@ -519,22 +517,3 @@ def test_sasrec_settings_that_cannot_work_are_refused(options: dict, message: st
 def test_settings_that_cannot_work_are_refused(name: str, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(name, clustered_log(0), NUM_ITEMS, **options)
-
-
-def test_an_average_is_the_mean_of_its_members_probabilities() -> None:
-    log, histories = clustered_log(0), padded([[3], [1, 2, 3], []])
-    options = {**QUICK["sasrec"], "dropout": 0.1}
-    average = build("sasrec-average", log, NUM_ITEMS, seed=1, members=3, **options)
-    alone = [SASRec.fit(log, NUM_ITEMS, seed=seed, **options).scores(histories) for seed in (3, 4, 5)]
-    wanted = torch.stack([scores.double().softmax(1) for scores in alone]).mean(0)
-    torch.testing.assert_close(average.scores(histories).double().exp(), wanted, rtol=1e-5, atol=1e-7)
-
-
-def test_an_average_needs_members_of_one_catalogue() -> None:
-    one, other = (SASRec(collaborative.SASRecNetwork(n, 8, 1, 1, 0.0, 4)) for n in (5, 6))
-    with pytest.raises(ValueError, match="members: got none, need one SASRec at least"):
-        SASRecAverage([])
-    with pytest.raises(ValueError, match="catalogues of 5 and 6 items, need one"):
-        SASRecAverage([one, other])
-    with pytest.raises(ValueError, match="members: got 0, need a positive integer"):
-        build("sasrec-average", clustered_log(0), NUM_ITEMS, members=0)

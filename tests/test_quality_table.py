@@ -128,10 +128,10 @@ def test_rows_stand_in_the_order_of_the_field() -> None:
 
 
 def test_each_backbone_has_its_own_baseline_and_each_row_its_teacher() -> None:
-    ranks = {"sft": 0, "t5-sft": 1, "lora-sft": 2, "sasrec": 3, "item-knn": 4, "sasrec-average": 5}
+    ranks = {"sft": 0, "t5-sft": 1, "lora-sft": 2, "sasrec": 3, "item-knn": 4, "mixture": 5}
     cells = [a_cell(row, 0, RNG_RANKS[index]) for row, index in ranks.items()]
     built = {
-        "gflowgr": (["sasrec", "item-knn", "sasrec-average"], "sft", "sasrec-average"),
+        "gflowgr": (["sasrec", "item-knn", "mixture"], "sft", "mixture"),
         "gflowgr-flows": (["item-knn"], "sft", "item-knn"),
         "t5-gflowgr": (["t5-sft", "sasrec"], "t5-sft", "sasrec"),
         "lora-gflowgr": (["lora-sft"], "lora-sft", "sasrec"),

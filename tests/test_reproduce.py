@@ -13,16 +13,14 @@ from typing import Any
 import numpy as np
 import pandas
 import pytest
-import torch
 
-from gflowgr import collaborative
 from gflowgr.assembly import Plan
 from gflowgr.quality import cells, tuning
 from gflowgr.quality.cells import Place
 from gflowgr.quality.data import DATA_SETS, DataSet
 from gflowgr.quality.grids import base_of, best_point, chosen_settings, read_grid
 from gflowgr.quality.reproduce import Task, missing, reproduce
-from gflowgr.quality.results import Cell, load_cells, load_users
+from gflowgr.quality.results import load_cells, load_users
 from gflowgr.quality.rows import MAIN, ROWS
 from gflowgr.recipes import RECIPES
 from gflowgr.semantic_ids import embed_text, quantise, resolve_collisions
@@ -77,31 +75,16 @@ def run(place: Place, *rows: str, seed: int = 0) -> None:
         cells.run(row, TINY, seed, place)
 
 
-def run_with_all(place: Place, row: str, seed: int = 0) -> Cell:
-    """A cell after those that it needs."""
-    for needed in ROWS[row].needs(seed):
-        run_with_all(place, *needed)
-    return cells.run(row, TINY, seed, place)
-
-
 # One of each kind that does something of its own; the rest of the table differs in settings alone.
-KINDS = [
-    "popularity",
-    "item-knn",
-    "ensemble",
-    "sft-smoothed",
-    "sft-rollouts",
-    "sprec",
-    "grpo",
-    "gflowgr",
-    "gflowgr-average",
-]
+KINDS = ["popularity", "item-knn", "ensemble", "sft-smoothed", "sft-rollouts", "sprec", "grpo", "gflowgr"]
 
 
 class TestCells:
     @pytest.mark.parametrize("row", KINDS)
     def test_a_row_runs(self, place: Place, row: str) -> None:
-        cell = run_with_all(place, row)
+        for needed in ROWS[row].built_on:
+            run(place, needed)
+        cell = cells.run(row, TINY, 0, place)
         assert cell.num_users == USERS
         assert cell.built_on == ROWS[row].built_on
         assert str(place.work) not in json.dumps(dict(cell.settings))
@@ -113,20 +96,8 @@ class TestCells:
     @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
     @pytest.mark.parametrize("row", [name for name in ROWS if name not in KINDS])
     def test_every_other_row_runs(self, place: Place, row: str) -> None:
-        run_with_all(place, row)
-
-    def test_an_average_is_of_the_cells_that_it_names(self, place: Place) -> None:
-        cell = run_with_all(place, "sasrec-average", seed=1)
-        assert cell.settings["members"] == ["sasrec-3", "sasrec-4", "sasrec-5"]
-        one, other = (
-            place.checkpoint("tiny", row, seed) for row, seed in [("sasrec", 4), ("sasrec-average", 1)]
-        )
-        history = torch.tensor([[1, 2, 3]])
-        average = collaborative.SASRecAverage.load(other)
-        alone = collaborative.load(one).scores(history)
-        torch.testing.assert_close(average.members[1].scores(history), alone)
-        seconds = sum(found.budget["seconds"] for found in load_cells(place.results / "tiny"))
-        assert cell.budget["total_seconds"] == pytest.approx(seconds, abs=0.31)
+        needed = [other for first in ROWS[row].built_on for other in (*ROWS[first].built_on, first)]
+        run(place, *needed, row)
 
     def test_the_budget_counts_what_it_is_built_on(self, place: Place) -> None:
         run(place, "sft", "sft-continued")
@@ -258,12 +229,6 @@ class TestMissing:
             assert {needed.row for needed in before} == set(ROWS[task.row].built_on)
             assert all(names.index(needed.row) < names.index(task.row) for needed in before)
 
-    def test_an_average_comes_after_its_members(self, place: Place) -> None:
-        tasks = missing(["tiny"], ["gflowgr-average"], [2], place)
-        members = [Task("tiny", "sasrec", seed) for seed in (6, 7, 8)]
-        assert tasks[Task("tiny", "sasrec-average", 2)] == members
-        assert list(tasks) == [*members, *list(tasks)[3:]]
-
     def test_a_result_that_is_there_is_not_made_again(self, place: Place) -> None:
         run(place, "sft")
         assert missing(["tiny"], ["sft"], [0], place) == {}
@@ -373,13 +338,13 @@ class TestTokenizers:
 
 def test_rows_are_built_on_rows() -> None:
     for name, row in ROWS.items():
-        assert all(other in ROWS for other, _ in row.needs(2)), name
+        assert all(other in ROWS for other in row.built_on), name
         assert row.like is None or ROWS[row.like].grid, name
     assert set(MAIN) <= set(ROWS)
 
 
 @pytest.mark.parametrize(
-    "name", [name for name, row in ROWS.items() if row.kind not in ("scorer", "average", "ensemble")]
+    "name", [name for name, row in ROWS.items() if row.kind not in ("scorer", "ensemble")]
 )
 def test_the_settings_of_a_row_are_a_plan(name: str, place: Place) -> None:
     settings = cells.settings_of(name, TINY, 0, place)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ class Place:
 
     def checkpoint(self, data_set: str, row: str, seed: int) -> Path:
         """A run's folder, or a fitted recommender's file."""
-        ending = ".safetensors" if ROWS[row].kind in ("scorer", "average") else ""
+        ending = ".safetensors" if ROWS[row].kind == "scorer" else ""
         return self.work / data_set / f"{row}-{seed}{ending}"
 
     def result(self, data_set: str, row: str, seed: int) -> Path:
@@ -76,8 +76,6 @@ def settings_of(row_name: str, data_set: DataSet, seed: int, place: Place) -> di
     row = ROWS[row_name]
     if row.kind == "scorer":
         return merge(row.settings, chosen_settings(row_name, data_set.name, place.results))
-    if row.kind == "average":
-        return {"members": [f"{needed}-{its_seed}" for needed, its_seed in row.needs(seed)]}
     if row.kind == "ensemble":
         return {"weights": {row.start: 0.5, row.teacher: 0.5}, "candidates": _CANDIDATES}
     common = merge(_COMMON, {"training": {"seed": seed, "use_cpu": device().type == "cpu"}})
@@ -113,11 +111,10 @@ def run(row_name: str, data_set: DataSet, seed: int, place: Place) -> Cell:
     row = ROWS[row_name]
     folder = data_set.load(place.data)
     settings = settings_of(row_name, data_set, seed, place)
-    for needed, its_seed in row.needs(seed):
-        if not place.checkpoint(data_set.name, needed, its_seed).exists():
-            raise FileNotFoundError(f"{row_name} needs {needed} of seed {its_seed} first")
-    kinds = {"scorer": _run_scorer, "average": _run_average, "ensemble": _run_ensemble}
-    measure = kinds.get(row.kind, _run_model)
+    for needed in row.built_on:
+        if not place.checkpoint(data_set.name, needed, seed).exists():
+            raise FileNotFoundError(f"{row_name} needs {needed} of seed {seed} first")
+    measure = {"scorer": _run_scorer, "ensemble": _run_ensemble}.get(row.kind, _run_model)
     measured = measure(row_name, data_set, seed, place, settings, folder)
     cell = _cell(row_name, data_set, seed, place, settings, folder, measured)
     cell.save(place.results / data_set.name)
@@ -147,27 +144,19 @@ def _run_scorer(
     began = time.process_time()
     model = fit_scorer(settings, folder, seed)
     seconds = time.process_time() - began
-    log = getattr(model, "training_log", [])
-    steps = round(sum(entry["steps"] for entry in log))
-    measured = _measure_scorer(model, place.checkpoint(data_set.name, row, seed), folder)
-    contexts = len(log) * len(measured.parts.sequences.items)
-    return replace(measured, steps=steps, contexts=contexts, seconds=seconds)
-
-
-def _run_average(
-    row: str, data_set: DataSet, seed: int, place: Place, settings: Mapping[str, Any], folder: DataFolder
-) -> _Measured:
-    paths = [place.checkpoint(data_set.name, *needed) for needed in ROWS[row].needs(seed)]
-    model = collaborative.SASRecAverage([collaborative.SASRec.load(path) for path in paths])
-    return _measure_scorer(model.to(device()), place.checkpoint(data_set.name, row, seed), folder)
-
-
-def _measure_scorer(model: Recommender, path: Path, folder: DataFolder) -> _Measured:
+    path = place.checkpoint(data_set.name, row, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     model.save(path)
     parts = split(folder.log, max_history=MAX_HISTORY)
-    validation, test = (_rank_scores(model, part, folder) for part in (parts.validation, parts.test))
-    return _Measured(parts, validation, test)
+    log = getattr(model, "training_log", [])
+    return _Measured(
+        parts,
+        _rank_scores(model, parts.validation, folder),
+        _rank_scores(model, parts.test, folder),
+        steps=round(sum(entry["steps"] for entry in log)),
+        contexts=len(log) * len(parts.sequences.items),
+        seconds=seconds,
+    )
 
 
 def fit_scorer(settings: Mapping[str, Any], folder: DataFolder, seed: int) -> Recommender:
@@ -175,7 +164,7 @@ def fit_scorer(settings: Mapping[str, Any], folder: DataFolder, seed: int) -> Re
     parts = split(folder.log.without_last(), max_history=MAX_HISTORY, held_out=1)
     options = dict(settings["collaborative"])
     name = options.pop("model")
-    if collaborative.MODELS[name] in collaborative.SASRECS:
+    if name == collaborative.SASRec.name:
         options = {"max_history": MAX_HISTORY, "device": device(), **options}
     if name != "popularity":
         options["progress"] = False
@@ -191,7 +180,7 @@ def _rank_scores(model: Recommender, part: Examples, folder: DataFolder) -> Metr
         scores = model.scores(part.history[rows])
         best.append(scores.topk(PLACES).indices)
         of_target.append(scores.log_softmax(1).gather(1, part.target[rows, None])[:, 0])
-    is_distribution = model.name in ("popularity", "sasrec", "sasrec-average")
+    is_distribution = model.name in ("popularity", "sasrec")
     return ranking_metrics(
         torch.cat(best),
         part.target,
@@ -263,7 +252,7 @@ def _run_ensemble(
     checkpoint = place.checkpoint(data_set.name, start, seed) / pipeline.CHECKPOINT
     recommender = GenerativeRecommender.load(checkpoint).eval().to(device())
     scorer = collaborative.load(place.checkpoint(data_set.name, teacher, seed))
-    if isinstance(scorer, collaborative.SASRECS):
+    if isinstance(scorer, collaborative.SASRec):
         scorer.to(device())
     parts = split(folder.log, max_history=MAX_HISTORY)
     return _Measured(
@@ -308,8 +297,8 @@ def _cell(
 ) -> Cell:
     row = ROWS[row_name]
     total = measured.seconds
-    for needed, its_seed in row.needs(seed):
-        total += Cell.load(place.result(data_set.name, needed, its_seed)).budget["total_seconds"]
+    for needed in row.built_on:
+        total += Cell.load(place.result(data_set.name, needed, seed)).budget["total_seconds"]
     where = machine(device())
     tuned = row.like or row_name
     return Cell(

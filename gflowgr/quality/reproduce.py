@@ -55,7 +55,7 @@ def missing(
         grid = [Task(data_set, row, seeds[0], tuple(point.items())) for point in points]
         for task in grid:
             if task not in tasks:
-                before = [add_cell(data_set, *needed, True) for needed in ROWS[row].needs(seeds[0])]
+                before = [add_cell(data_set, other, seeds[0], True) for other in ROWS[row].built_on]
                 tasks[task] = [needed for cells in before for needed in cells]
         return grid
 
@@ -67,8 +67,8 @@ def missing(
         if is_there and (not needed or place.checkpoint(data_set, row, seed).exists()):
             return []
         before = add_grid(data_set, ROWS[row].like or row)
-        for needed_row, needed_seed in ROWS[row].needs(seed):
-            before += add_cell(data_set, needed_row, needed_seed, True)
+        for other in ROWS[row].built_on:
+            before += add_cell(data_set, other, seed, True)
         tasks[task] = before
         return [task]
 

@@ -18,33 +18,24 @@ class Row:
     Attributes:
         kind: "scorer" is a recommender of `gflowgr.collaborative`; "decoder", "large" (a larger decoder) and
             "t5" a model from scratch; "further" a model that goes on from the checkpoint of `start`;
-            "ensemble" a mixture of the probabilities of `start` and `teacher`; "average" the recommenders of
-            `start` with `members` seeds.
+            "ensemble" a mixture of the probabilities of `start` and `teacher`.
         settings: what distinguishes it, as `gflowgr.assembly.Plan` takes it.
         start: the row whose checkpoint it starts from.
         teacher: the row whose recommender is behind its reward, sampler or rollouts.
         grid: settings to choose from on the validation part: dotted name -> values.
         like: the row whose choice it shares, where it has no grid of its own.
-        members: of an average.
     """
 
-    kind: Literal["scorer", "average", "decoder", "large", "t5", "further", "ensemble"]
+    kind: Literal["scorer", "decoder", "large", "t5", "further", "ensemble"]
     settings: Mapping[str, Any] = field(default_factory=dict)
     start: str | None = None
     teacher: str | None = None
     grid: Mapping[str, list[Any]] = field(default_factory=dict)
     like: str | None = None
-    members: int = 1
 
     @property
     def built_on(self) -> list[str]:
         return [row for row in (self.start, self.teacher) if row is not None]
-
-    def needs(self, seed: int) -> list[tuple[str, int]]:
-        """Rows and seeds that have to run before one's own of a seed; no two averages share a member."""
-        return [
-            (row, self.members * seed + member) for row in self.built_on for member in range(self.members)
-        ]
 
     def points(self) -> list[dict[str, Any]]:
         """Every combination of the grid."""
@@ -123,7 +114,6 @@ ROWS: dict[str, Row] = {
     "popularity": _scorer("popularity"),
     "item-knn": _scorer("item-knn"),
     "sasrec": _scorer("sasrec"),
-    "sasrec-average": Row("average", start="sasrec", members=3),
     "sft": Row("decoder", SFT, grid=_SFT_GRID),
     "sft-continued": _further("sft"),
     "sft-smoothed": Row(
@@ -168,7 +158,6 @@ ROWS: dict[str, Row] = {
         "decoder", merge(GFLOWGR, {"training": {"rollout_share": 0.0}}), teacher="sasrec", like="gflowgr"
     ),
     "gflowgr": Row("decoder", GFLOWGR, teacher="sasrec", grid=_GFLOWGR_GRID),
-    "gflowgr-average": Row("decoder", GFLOWGR, teacher="sasrec-average", like="gflowgr"),
     "gflowgr-tb-n1": _paper(num_trajectories=1),
     "gflowgr-tb-n5": _paper(num_trajectories=5),
     "gflowgr-tb-lambda0.02": _paper(gfn_weight=0.02),

@@ -17,14 +17,14 @@ DECIDING = "ndcg@10"
 METRICS = ("recall@5", "recall@10", "ndcg@5", "ndcg@10", "coverage@10", "gini@10", "diversity@10")
 LOWER_IS_BETTER = ("gini@10",)
 ORDER = (
-    "popularity", "item-knn", "sasrec", "sasrec-average",
+    "popularity", "item-knn", "sasrec", "mixture",
     "sft", "sft-continued", "sft-smoothed", "sft-rollouts", "ensemble",
     "dpo", "s-dpo", "sprec", "grpo",
     "item-kl", "gflowgr-tb", "gflowgr-db", "gflowgr-vargrad", "gflowgr-subtb", "gflowgr-flows", "gflowgr",
-    "gflowgr-average",
 )  # fmt: skip
 BACKBONES = ("", "t5-", "lora-")
-TEACHERS = ("sasrec-average", TEACHER, "item-knn")
+# A mixture is made of the others, so that it is the teacher where it stands beside them.
+TEACHERS = ("mixture", TEACHER, "item-knn")
 
 
 @dataclass(frozen=True)
