@@ -158,7 +158,9 @@ class Plan:
             return collaborative.load(options["path"])
         name = options.pop("model", "sasrec")
         if name == collaborative.SASRec.name:
-            options = {"max_history": self.split.get("max_history", 20), "device": device, **options}
+            # On any other it would not be the same again for the same seed.
+            where = device if torch.device(device).type == "cuda" else "cpu"
+            options = {"max_history": self.split.get("max_history", 20), "device": where, **options}
         return collaborative.build(
             name, parts.sequences, parts.num_items, validation=parts.validation, **{"seed": seed, **options}
         )

@@ -515,7 +515,9 @@ def _add_reproduce(commands: Any) -> None:
         action="store_true",
         help="first choose settings on the validation part, where rows have a grid",
     )
-    parser.add_argument("--jobs", type=int, default=1, help="cells at a time (%(default)s)")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="cells or points of a grid at a time (%(default)s)"
+    )
     parser.add_argument(
         "--work", default="quality-runs", metavar="FOLDER", help="checkpoints and teachers (%(default)s)"
     )

@@ -192,7 +192,8 @@ class RolloutPool:
             place, past, target = _growing(part["items"])
             context = begin[place[:, 0].cpu()] + place[:, 1].cpu()
             for some in torch.arange(len(context)).split(self._rows_at_once):
-                best = best_items(model.scores(past[some]).float(), target[some], self._candidates.shape[2])
+                scores = model.scores(past[some]).to(past.device, torch.float32)
+                best = best_items(scores, target[some], self._candidates.shape[2])
                 self._keep(slice(None), context[some], *best)
         for copy in range(1, 1 + self.copies):
 

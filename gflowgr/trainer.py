@@ -340,7 +340,8 @@ class GFlowGRTrainer(Trainer):
     def _filled_pool(self) -> RolloutPool:
         rows = self.train_dataset
         assert self.collaborative is not None and isinstance(rows, Histories)
-        generator = self._generator(self.args.device, _POOL, 0)
+        where = self.args.device if self.args.device.type == "cuda" else rows.items.device
+        generator = self._generator(where, _POOL, 0)
         Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
         batches = math.ceil(len(rows) / (self._train_batch_size * self.args.world_size))
         epochs = self.state.max_steps * self.args.gradient_accumulation_steps / batches

@@ -195,7 +195,13 @@ def test_the_exit_status_is_the_verdict(tmp_path: Path, capsys: pytest.CaptureFi
     assert f"= {own / other - 1:+.1%}, 95% interval +." in sentence
     assert "(no" not in sentence
     # The whole line is there although the output is no terminal and much wider than one.
-    assert re.search(r"^gflowgr +1 .* 24 +2 +2$", text, re.M)
+    assert re.search(r"^gflowgr +1 .* 24 +2 +2 +CPU$", text, re.M)
+
+    # Another tokenizer makes no further data set.
+    save_all(tmp_path, [a_cell("sft", 0, base, dataset="scientific-rqvae", device="NVIDIA H200")])
+    status, text = run_table(capsys, "--results", str(tmp_path))
+    assert status == 0 and "rqvae" not in text.rstrip("\n").rpartition("\n")[2]
+    assert re.search(r"^sft +1 .* H200$", text, re.M)
 
     save_all(
         tmp_path, [a_cell("sft", 0, base, dataset="beauty"), a_cell("gflowgr", 0, base, dataset="beauty")]

@@ -8,14 +8,17 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier
+from time import sleep
 from typing import Any
 
 import numpy as np
 import pandas
 import pytest
+import torch
 
 from gflowgr.assembly import Plan
-from gflowgr.quality import cells, tuning
+from gflowgr.quality import cells, grids, tuning
 from gflowgr.quality.cells import Place
 from gflowgr.quality.data import DATA_SETS, DataSet
 from gflowgr.quality.grids import base_of, best_point, chosen_settings, read_grid
@@ -154,7 +157,7 @@ class TestTuning:
             write_data(place.data)
             if shuffled is not None:
                 shuffle_items(place.data / "tiny" / "interactions.parquet", shuffled)
-            tuning.tune(row, TINY, 0, place)
+            tune(place, row)
             points = read_grid(row, "tiny", place.results)
             found.append([(point["settings"], point["validation"]) for point in points])
         assert found[0] == found[1]
@@ -163,7 +166,7 @@ class TestTuning:
 
     def test_the_choice_is_used_once_the_grid_is_whole(self, place: Place) -> None:
         assert chosen_settings("sft", "tiny", place.results) == {}
-        tuning.tune("sft", TINY, 0, place)
+        tune(place, "sft")
         points = read_grid("sft", "tiny", place.results)
         assert [point["settings"]["training.learning_rate"] for point in points] == [1e-3, 1e-2]
         best = max(points, key=lambda point: point["validation"]["ndcg@10"])
@@ -187,7 +190,7 @@ class TestTuning:
     def test_points_of_other_settings_do_not_count(
         self, place: Place, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        tuning.tune("sft", TINY, 0, place)
+        tune(place, "sft")
         assert chosen_settings("sft", "tiny", place.results) != {}
         row = ROWS["sft"]
         for changes, known in (
@@ -197,7 +200,7 @@ class TestTuning:
         ):
             monkeypatch.setitem(ROWS, "sft", replace(row, settings=merge(row.settings, changes)))
             assert (chosen_settings("sft", "tiny", place.results) != {}) is known
-        tuning.tune("sft", TINY, 0, place)
+        tune(place, "sft")
         points = read_grid("sft", "tiny", place.results)
         assert len(points) == 4 and len({point["base"] for point in points}) == 2
         assert chosen_settings("sft", "tiny", place.results) != {}
@@ -206,6 +209,13 @@ class TestTuning:
 def tried(point: dict[str, Any]) -> dict[str, Any]:
     """What a point of the supervised model's grid could have come to."""
     return {"settings": point, "base": base_of("sft"), "seed": 0, "validation": {"ndcg@10": 0.1}}
+
+
+def tune(place: Place, row: str) -> None:
+    """Tries what is left of a row's grid."""
+    run(place, *ROWS[row].built_on)
+    for point in grids.untried(row, "tiny", place.results):
+        grids.add_point(row, "tiny", place.results, tuning.try_point(row, point, TINY, 0, place))
 
 
 def shuffle_items(path: Path, from_the_end: int) -> None:
@@ -250,7 +260,7 @@ class TestMissing:
             if task.row == "gflowgr-flows":
                 assert set(before) >= {point for point in points if point.row == "gflowgr"}
         for point in ROWS["sft"].points()[:2]:
-            tuning.add_point("sft", "tiny", place.results, tried(point))
+            grids.add_point("sft", "tiny", place.results, tried(point))
         left = missing(["tiny"], ["sft"], [1], place, tune=True)
         assert [dict(task.point) for task in left] == [*ROWS["sft"].points()[2:], {}]
 
@@ -280,7 +290,19 @@ class TestReproduce:
         monkeypatch.setattr(module, "ProcessPoolExecutor", lambda jobs, **_: ThreadPoolExecutor(jobs))
         grid = {"training.learning_rate": [1e-3, 1e-2]}
         monkeypatch.setitem(ROWS, "sft", replace(ROWS["sft"], grid=grid))
-        reproduce(missing(["tiny"], ["sft"], [0], place, tune=True), place, say=lambda line: None)
+        both = Barrier(2, timeout=60)
+
+        def together(row: str, point: dict[str, Any], *rest: Any) -> dict[str, Any]:
+            # Nobody passes alone, and the first of the grid comes last.
+            both.wait()
+            if point == ROWS["sft"].points()[0]:
+                sleep(0.5)
+            return tried(point)
+
+        monkeypatch.setattr(tuning, "try_point", together)
+        monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+        tasks = missing(["tiny"], ["sft"], [0], place, tune=True)
+        reproduce(tasks, place, jobs=2, say=lambda line: None)
         points = read_grid("sft", "tiny", place.results)
         assert [point["settings"] for point in points] == ROWS["sft"].points()
         (cell,) = load_cells(place.results / "tiny")

@@ -64,7 +64,7 @@ class DataSet:
         return DataFolder(folder, log, Items(log.item_ids, names, [None] * len(names)), semantic_ids)
 
 
-def _texts(folder: Path, log: InteractionLog) -> list[str]:
+def _texts(folder: Path, log: InteractionLog) -> list[str | None]:
     """Of the log's items, in their order.
 
     Raises:
@@ -72,8 +72,10 @@ def _texts(folder: Path, log: InteractionLog) -> list[str]:
     """
     table = read_table(folder / "items.parquet", ["item_id", "text"]).sort_values("item_id")
     if not np.array_equal(table["item_id"], log.item_ids):
-        raise ValueError(f"{folder / 'items.parquet'}: needs one row for each of the log's items")
-    return [str(text) for text in table["text"]]
+        raise ValueError(
+            f"{folder / 'items.parquet'}: needs one row for each of the log's items and no other"
+        )
+    return list(table["text"])
 
 
 _SCIENTIFIC = DataSet("scientific", "rqkmeans_unique", epochs=40, extra_steps=300, t5_epochs=12)

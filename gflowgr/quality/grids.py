@@ -63,15 +63,24 @@ def best_point(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return dict(max(points, key=lambda point: point["validation"][METRIC])["settings"])
 
 
-def is_complete(row: str, data_set: str, results: Path) -> bool:
-    tried = [point["settings"] for point in tried_points(row, data_set, results)]
-    return all(point in tried for point in ROWS[row].points())
+def untried(row: str, data_set: str, results: Path) -> list[dict[str, Any]]:
+    """The points of a row's grid that have not been tried with the settings that the row has now."""
+    known = [point["settings"] for point in tried_points(row, data_set, results)]
+    return [point for point in ROWS[row].points() if point not in known]
+
+
+def add_point(row: str, data_set: str, results: Path, point: Mapping[str, Any]) -> None:
+    """Writes a point that was tried beside the others, in the grid's order whichever came first."""
+    order = ROWS[row].points()
+    points = [*read_grid(row, data_set, results), point]
+    points.sort(key=lambda each: order.index(each["settings"]) if each["settings"] in order else -1)
+    write_grid(row, data_set, results, points)
 
 
 def chosen_settings(row: str, data_set: str, results: Path) -> dict[str, Any]:
     """The best point of a row's whole grid as nested settings; nothing where it was not tuned."""
     points = tried_points(row, data_set, results)
-    if not points or not is_complete(row, data_set, results):
+    if not points or untried(row, data_set, results):
         return {}
     return nested(best_point(points))
 

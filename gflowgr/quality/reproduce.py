@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from gflowgr.config import check_keys
-from gflowgr.quality import cells, tuning
+from gflowgr.quality import cells, grids, tuning
 from gflowgr.quality.cells import Place
 from gflowgr.quality.data import DATA_SETS
 from gflowgr.quality.rows import ROWS
@@ -51,7 +51,7 @@ def missing(
     def add_grid(data_set: str, row: str) -> list[Task]:
         if not tune or not ROWS[row].grid:
             return []
-        points = tuning.untried(row, data_set, place.results)
+        points = grids.untried(row, data_set, place.results)
         grid = [Task(data_set, row, seeds[0], tuple(point.items())) for point in points]
         for task in grid:
             if task not in tasks:
@@ -108,12 +108,8 @@ def reproduce(
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in finished:
                 task = running.pop(future)
-                error = future.exception()
+                error = future.exception() or _keep(task, future.result(), place)
                 if error is None:
-                    point = future.result()
-                    if point is not None:
-                        # One process alone writes a grid's file.
-                        tuning.add_point(task.row, task.data_set, place.results, point)
                     done.add(task)
                     continue
                 failed.add(task)
@@ -121,6 +117,19 @@ def reproduce(
                 say(f"{task}: {type(error).__name__}: {error}")
     if first_error is not None:
         raise first_error
+
+
+def _keep(task: Task, point: dict[str, Any] | None, place: Place) -> Exception | None:
+    """Writes a point that was tried: here, since processes side by side would overwrite each other's."""
+    if point is None:
+        return None
+    try:
+        grids.add_point(task.row, task.data_set, place.results, point)
+    except Exception as error:
+        return error
+    found = point["validation"][grids.METRIC]
+    print(f"{task}: validation {grids.METRIC} {found:.4f}", flush=True)
+    return None
 
 
 def _end_with_parent() -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gflowgr.page import listed, signed, signed_percent
+from gflowgr.quality.data import DATA_SETS
 from gflowgr.quality.pairing import Paired, paired_difference
 from gflowgr.quality.results import Cell, PathLike, load_cells
 
@@ -43,6 +44,7 @@ class Line:
         row: its name.
         seeds: that it was run with.
         metrics: by the names in `METRICS`, None where one is not defined for every seed.
+        device: what its cells ran on: "CPU", a GPU's name, or several.
         budget: means over the seeds of "steps", "contexts", "seconds" and "total_seconds".
         baseline: the row of supervised fine-tuning with the same backbone.
         over_baseline: the difference to it in `DECIDING`; None for that row itself, and where it was not run
@@ -54,6 +56,7 @@ class Line:
     row: str
     seeds: tuple[int, ...]
     metrics: dict[str, Spread | None]
+    device: str
     budget: dict[str, float]
     baseline: str
     over_baseline: Paired | None
@@ -155,12 +158,18 @@ def _line(row: str, rows: Mapping[str, list[Cell]]) -> Line:
         row,
         tuple(sorted(cell.seed for cell in cells)),
         {metric: _spread([cell.test.get(metric) for cell in cells]) for metric in METRICS},
+        ", ".join(sorted({_kind_of(cell.device) for cell in cells})),
         budget,
         baseline,
         _over(row, baseline, rows),
         teacher,
         _over(row, teacher, rows),
     )
+
+
+def _kind_of(device: str) -> str:
+    # Of a processor a cell names the cores as well; which of them it was is in the cell.
+    return "CPU" if device.endswith(" cores") or not device else device.removeprefix("NVIDIA ")
 
 
 def teacher_of(cells: Sequence[Cell]) -> str:
@@ -196,6 +205,10 @@ def verdict(tables: Sequence[Table]) -> Verdict:
     ahead: list[str] = []
     not_ahead: list[str] = []
     for table in tables:
+        known = DATA_SETS.get(table.dataset)
+        if known is not None and known.folder:
+            # The same log under another tokenizer is no further data set.
+            continue
         line = table.line(SUBJECT)
         if line is not None and line.over_baseline is not None:
             where = f"{table.dataset} ({gain(line.over_baseline)})"

@@ -25,7 +25,8 @@ NOTE = (
     "N@10 over the seeds that both rows have, with the 95% paired bootstrap interval over users; t5- and "
     "lora- rows stand against the sft of their kind, and each row against the teacher that it learned from, "
     "sasrec if none is named. Steps, "
-    "contexts and seconds are those of one run, total seconds with all that it is built on."
+    "contexts and seconds (of processor time) are those of one run, total seconds with all that it is built "
+    "on; they compare rows of one device alone."
 )
 
 
@@ -39,7 +40,7 @@ class Entry:
 
 def columns() -> list[str]:
     """The titles, the row's name first."""
-    return ["row", "seeds", *TITLES, f"over {BASELINE}", "over teacher", *BUDGET.values()]
+    return ["row", "seeds", *TITLES, f"over {BASELINE}", "over teacher", *BUDGET.values(), "device"]
 
 
 def entries(table: Table, line: Line) -> list[Entry]:
@@ -55,7 +56,7 @@ def entries(table: Table, line: Line) -> list[Entry]:
     named = "" if line.teacher == TEACHER else f" {line.teacher}"
     shown.append(Entry(_difference(line.over_baseline)))
     shown.append(Entry(_difference(line.over_teacher) + (named if line.over_teacher else "")))
-    return [*shown, *(Entry(f"{line.budget[name]:,.0f}") for name in BUDGET)]
+    return [*shown, *(Entry(f"{line.budget[name]:,.0f}") for name in BUDGET), Entry(line.device)]
 
 
 def _difference(paired: Paired | None) -> str:
