@@ -208,7 +208,7 @@ def test_the_exit_status_is_the_verdict(tmp_path: Path, capsys: pytest.CaptureFi
     )
     status, text = run_table(capsys, "--results", str(tmp_path), "--markdown")
     assert status == 1
-    assert text.count("\n### ") + text.startswith("### ") == 2
+    assert text.count("\n### ") + text.startswith("### ") == 3
     last = text.rstrip("\n").rpartition("\n")[2]
     assert last.startswith("gflowgr leads sft in N@10 on scientific (+")
     assert "but does not lead on beauty (+.0000 = +0.0%, 95% interval +.0000 to +.0000, 1 seed)." in last
