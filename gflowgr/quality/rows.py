@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from gflowgr.recipes import GFLOWGR, OBJECTIVE, SFT
@@ -109,6 +109,8 @@ _ROLLOUTS = {
 # As many points for the supervised model as for ours.
 _SFT_GRID = {"model.dropout": [0.2, 0.3, 0.4]}
 _GFLOWGR_GRID = {"reward.weights.interaction": [0.27, 0.6, 1.2]}
+# A T5 sees one context a row, and fewer epochs of them: what it needs is not what a decoder needs.
+_T5_GRID = {"model.dropout": [0.0, 0.1, 0.2]}
 
 ROWS: dict[str, Row] = {
     "popularity": _scorer("popularity"),
@@ -174,11 +176,11 @@ ROWS: dict[str, Row] = {
     ),
     "gflowgr-tb-weights": _paper(sections={"reward": {"fusion": "weights"}}),
     "gflowgr-tb-mlp": _paper(sections={"reward": {"fusion": "mlp"}}),
-    "t5-sft": Row("t5", SFT),
-    "t5-sft-continued": Row("further", _further("sft").settings, start="t5-sft"),
-    "t5-s-dpo": Row("further", _further("s_dpo", None, _RANDOM, num_trajectories=4).settings, start="t5-sft"),
-    "t5-gflowgr-tb": Row("further", _paper().settings, start="t5-sft", teacher="sasrec"),
-    "t5-gflowgr": Row("t5", GFLOWGR, teacher="sasrec"),
+    "t5-sft": Row("t5", SFT, grid=_T5_GRID),
+    "t5-sft-continued": replace(_further("sft"), start="t5-sft"),
+    "t5-s-dpo": replace(_further("s_dpo", None, _RANDOM, num_trajectories=4), start="t5-sft"),
+    "t5-gflowgr-tb": replace(_paper(like=None), start="t5-sft"),
+    "t5-gflowgr": Row("t5", GFLOWGR, teacher="sasrec", grid=_T5_GRID),
     "large-sft": Row("large", SFT),
     "lora-sft": Row("further", merge(_further("sft").settings, _LORA), start="large-sft"),
     "lora-gflowgr": Row(
