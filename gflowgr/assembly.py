@@ -158,7 +158,7 @@ class Plan:
             return collaborative.load(options["path"])
         name = options.pop("model", "sasrec")
         if name == collaborative.SASRec.name:
-            # On any other it would not be the same again for the same seed.
+            # Its fit draws random numbers on these two alone; `to` takes it elsewhere afterwards.
             where = device if torch.device(device).type == "cuda" else "cpu"
             options = {"max_history": self.split.get("max_history", 20), "device": where, **options}
         return collaborative.build(
