@@ -47,7 +47,16 @@ _FROM_SCRATCH: dict[str, dict[str, Any]] = {
     "decoder": {"model": {"kind": "decoder", "layers": 2, "d_model": 128, "heads": 4}},
     "large": {"model": {"kind": "decoder", "layers": 6, "d_model": 256, "heads": 8}},
     "t5": {
-        "model": {"kind": "t5", "layers": 4, "d_model": 128, "heads": 6, "d_kv": 64, "d_ff": 1024},
+        "model": {
+            "kind": "t5",
+            "layers": 4,
+            "d_model": 128,
+            "heads": 6,
+            "d_kv": 64,
+            "d_ff": 1024,
+            # T5's own, whatever the recipe's decoder needs.
+            "dropout": 0.1,
+        },
         "training": {"per_device_train_batch_size": 256, "learning_rate": 1e-3},
     },
 }
