@@ -92,6 +92,11 @@ def _paper(
     return Row("further", settings, start="sft", teacher="sasrec", grid=grid, like=like)
 
 
+def _on_t5(like: str, row: Row) -> Row:
+    """The same from a T5, at the learning rate that was chosen for the decoder."""
+    return replace(row, start="t5-sft", grid={}, like=like)
+
+
 _RANDOM = {"sampler": {"strategies": "random"}}
 _POLICY = {"sampler": {"strategies": "policy"}}
 
@@ -177,9 +182,9 @@ ROWS: dict[str, Row] = {
     "gflowgr-tb-weights": _paper(sections={"reward": {"fusion": "weights"}}),
     "gflowgr-tb-mlp": _paper(sections={"reward": {"fusion": "mlp"}}),
     "t5-sft": Row("t5", SFT, grid=_T5_GRID),
-    "t5-sft-continued": replace(_further("sft"), start="t5-sft"),
-    "t5-s-dpo": replace(_further("s_dpo", None, _RANDOM, num_trajectories=4), start="t5-sft"),
-    "t5-gflowgr-tb": replace(_paper(like=None), start="t5-sft"),
+    "t5-sft-continued": _on_t5("sft-continued", _further("sft")),
+    "t5-s-dpo": _on_t5("s-dpo", _further("s_dpo", None, _RANDOM, num_trajectories=4)),
+    "t5-gflowgr-tb": _on_t5("gflowgr-tb", _paper()),
     "t5-gflowgr": Row("t5", GFLOWGR, teacher="sasrec", grid=_T5_GRID),
     "large-sft": Row("large", SFT),
     "lora-sft": Row("further", merge(_further("sft").settings, _LORA), start="large-sft"),
