@@ -339,10 +339,10 @@ class TestTokenizers:
         codes = np.stack([np.arange(ITEMS) // 6, np.arange(ITEMS) % 6], 1)
         codes[1] = codes[0]
         np.save(place.data / "tiny" / "semantic_ids" / "codes.npy", codes.astype(np.int16))
-        shared = TINY.load(place.data).semantic_ids
+        shared = TINY.load(place.data, place.work).semantic_ids
         assert shared is not None and shared.codes.shape == (ITEMS, 2)
         data = replace(TINY, name="other", folder="tiny", collisions="extra-level")
-        resolved = data.load(place.data).semantic_ids
+        resolved = data.load(place.data, place.work).semantic_ids
         assert resolved is not None and resolved.codes[:2].tolist() == [[0, 0, 0], [0, 0, 1]]
         assert data.tokenizer == "codes, extra-level" and TINY.tokenizer == "codes"
 
@@ -350,12 +350,15 @@ class TestTokenizers:
         texts = [f"word{item % 5} word{item % 7} of {item % 3}" for item in range(ITEMS)]
         table = pandas.DataFrame({"item_id": range(ITEMS), "text": texts})
         table.sample(frac=1.0, random_state=0).to_parquet(place.data / "tiny" / "items.parquet")
-        loaded = replace(TINY, codes="text", collisions="extra-level").load(place.data).semantic_ids
+        ours = replace(TINY, codes="text", collisions="extra-level")
         wanted = resolve_collisions(quantise(embed_text(texts)))
+        loaded = ours.load(place.data, place.work).semantic_ids
         assert loaded is not None and np.array_equal(loaded.codes.numpy(), wanted)
         table[1:].to_parquet(place.data / "tiny" / "items.parquet")
+        again = ours.load(place.data, place.work).semantic_ids
+        assert again is not None and np.array_equal(again.codes.numpy(), wanted), "made once, then kept"
         with pytest.raises(ValueError, match="needs one row for each of the log's items"):
-            replace(TINY, codes="text").load(place.data)
+            ours.load(place.data, place.work / "elsewhere")
 
 
 def test_rows_are_built_on_rows() -> None:

@@ -118,7 +118,7 @@ def run(row_name: str, data_set: DataSet, seed: int, place: Place) -> Cell:
         ValueError: data that do not fit the row.
     """
     row = ROWS[row_name]
-    folder = data_set.load(place.data)
+    folder = data_set.load(place.data, place.work)
     settings = settings_of(row_name, data_set, seed, place)
     for needed in row.built_on:
         if not place.checkpoint(data_set.name, needed, seed).exists():

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from gflowgr.data import InteractionLog, read_log
-from gflowgr.folders import DataFolder, Items, read_table
+from gflowgr.folders import DataFolder, Items, read_table, written
 from gflowgr.semantic_ids import SemanticIds, embed_text, quantise, resolve_collisions
 
 # Codes that are made here, as `gflowgr tokenize` makes them unless told otherwise.
@@ -44,8 +44,10 @@ class DataSet:
         """What made the semantic IDs, in words for a result file."""
         return self.codes if self.collisions == "multiplicity" else f"{self.codes}, {self.collisions}"
 
-    def load(self, root: Path) -> DataFolder:
+    def load(self, root: Path, work: Path) -> DataFolder:
         """Reads `interactions.parquet` and `semantic_ids/<codes>.npy` or `items.parquet` under its folder.
+
+        Codes that are made here are made once and kept in `work`: another machine would cluster otherwise.
 
         Raises:
             FileNotFoundError: a file is missing.
@@ -54,7 +56,12 @@ class DataSet:
         folder = root / (self.folder or self.name)
         log = read_log(folder / "interactions.parquet")
         if self.codes == FROM_TEXT:
-            codes = quantise(embed_text(_texts(folder, log)))
+            kept = work / self.name / "semantic_ids.npy"
+            if not kept.is_file():
+                made = quantise(embed_text(_texts(folder, log)))
+                with written(kept) as temporary, temporary.open("wb") as file:
+                    np.save(file, made)
+            codes = SemanticIds.from_npy(kept).codes.numpy()
         else:
             codes = SemanticIds.from_npy(folder / "semantic_ids" / f"{self.codes}.npy").codes.numpy()
         if not np.array_equal(log.item_ids, np.arange(len(codes))):

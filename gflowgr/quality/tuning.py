@@ -24,7 +24,7 @@ def try_point(
     The test items leave the log before anything else sees it, so that nothing chosen here can depend on them.
     """
     row = ROWS[row_name]
-    whole = data_set.load(place.data)
+    whole = data_set.load(place.data, place.work)
     folder = replace(whole, log=whole.log.without_last())
     settings = settings_of(row_name, data_set, seed, place)
     settings = merge(merge(settings, {"split": {"held_out": 1}}), nested(point))
