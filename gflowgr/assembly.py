@@ -149,7 +149,7 @@ class Plan:
     ) -> CollaborativeModel | None:
         """The recommender behind reward and sampler, fitted to the training part or read from its file.
 
-        A SASRec is fitted on `device`, unless its options name another.
+        What is trained step by step is fitted on `device`, unless its options name another.
         """
         if self.collaborative is None:
             return None
@@ -157,7 +157,7 @@ class Plan:
         if "path" in options:
             return collaborative.load(options["path"])
         name = options.pop("model", "sasrec")
-        if name == collaborative.SASRec.name:
+        if collaborative.MODELS[name] in collaborative.TRAINED:
             # Its fit draws random numbers on these two alone; `to` takes it elsewhere afterwards.
             where = device if torch.device(device).type == "cuda" else "cpu"
             options = {"max_history": self.split.get("max_history", 20), "device": where, **options}
@@ -193,7 +193,7 @@ class Plan:
         self, scorer: CollaborativeModel | None, rows: Examples | Histories
     ) -> CollaborativeModel | None:
         """The same scores at less cost, where the rows' contexts are each other's beginnings."""
-        if isinstance(scorer, collaborative.SASRec) and isinstance(rows, Histories):
+        if isinstance(scorer, collaborative.TRAINED) and isinstance(rows, Histories):
             return SharedPrefixes(scorer)
         return scorer
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import pandas
 
 _COMPRESSIONS = (".gz", ".bz2", ".xz", ".zip", ".zst")
+# Later items of the same user that a context knows unless told otherwise.
+MAX_FUTURE = 5
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 
@@ -316,7 +318,7 @@ def split(
     method: Literal["leave-one-out", "time"] = "leave-one-out",
     *,
     max_history: int = 20,
-    max_future: int = 5,
+    max_future: int = MAX_FUTURE,
     max_items: int | None = None,
     held_out: int = 2,
     validation_fraction: float = 0.1,

@@ -437,7 +437,7 @@ def fit(
         began = time.perf_counter()
         scorer = _fit_collaborative(plan, parts, config, partial / COLLABORATIVE)
         collaborative_seconds = time.perf_counter() - began
-        if isinstance(scorer, collaborative.SASRec):
+        if isinstance(scorer, collaborative.TRAINED):
             scorer.to(config.device)
         rows = plan.training_rows(parts, recommender, config)
         trainer = GFlowGRTrainer(

@@ -26,7 +26,7 @@ OBJECTIVE: dict[str, Any] = {
             "collaborative": {"normalisation": "softmax", "temperature": 0.5},
             "interaction": {},
         },
-        "weights": {"collaborative": 0.4, "interaction": 0.6},
+        "weights": {"collaborative": 0.5, "interaction": 0.5},
     },
     "training": {
         "objective": "flow_matching",
@@ -42,7 +42,7 @@ GFLOWGR = merge(
     merge(_COMMON, OBJECTIVE),
     {
         "model": {"dropout": 0.1},
-        "collaborative": {"model": "sasrec"},
+        "collaborative": {"model": "mixture"},
         "training": {"learning_rate": 2e-3},
     },
 )

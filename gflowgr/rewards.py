@@ -333,6 +333,11 @@ class RewardModel(nn.Module):
         elif fusion == "mlp":
             self.mlp = _PositiveMLP(len(terms), hidden_size)
 
+    @property
+    def reads_future(self) -> bool:
+        """Whether a term rewards later items of the user's log."""
+        return any(getattr(term, "future_scale", 0.0) > 0.0 for term in self.terms.values())
+
     def forward(self, context: RewardContext, items: Tensor | None = None) -> Rewards:
         """Log-rewards of `items` (B, K) int64, or of the whole catalogue: (B, K) or (B, N), float32.
 

@@ -110,17 +110,15 @@ def roll_out_window(
 
 
 @torch.no_grad()
-def best_items(scores: Tensor, targets: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The items of each row's highest scores, the target in any case: ids int64 and scores, (R, count) each.
+def best_items(scores: Tensor, wanted: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The items of each row's highest scores, those wanted in any case: ids and scores, (R, count) each.
 
-    A target that is not among them takes the last one's place; the order means nothing.
+    `wanted` (R, W) int64, the first a real item, -1 pads; the order of the result means nothing.
     """
-    best = scores.topk(min(count, scores.shape[1]), dim=1, sorted=True)
-    items, values = best.indices, best.values
-    missing = (items != targets[:, None]).all(1)
-    items[:, -1] = torch.where(missing, targets, items[:, -1])
-    values[:, -1] = torch.where(missing, scores.gather(1, targets[:, None])[:, 0], values[:, -1])
-    return items, values
+    wanted = torch.where(wanted < 0, wanted[:, :1], wanted)
+    first = scores.scatter(1, wanted, torch.inf)
+    items = first.topk(min(count, scores.shape[1]), dim=1).indices
+    return items, scores.gather(1, items)
 
 
 class RolloutPool:
@@ -137,6 +135,7 @@ class RolloutPool:
         copies: rollouts of each.
         candidates: best items kept of a context, the target among them, which rollouts are drawn among; 0
             keeps none, and rollouts are drawn from the whole catalogue.
+        later: of the items after a target, so many are among the candidates in any case.
         temperature: of the draws, as `roll_out`'s.
         generator: of the draws; on the device that the pool is filled on, where the recommender best is.
         folder: where the file is; the system's for temporary files by default.
@@ -156,6 +155,7 @@ class RolloutPool:
         candidates: int,
         temperature: float,
         generator: torch.Generator,
+        later: int = 0,
         folder: str | os.PathLike[str] | None = None,
         advance: Callable[[int], Any] = lambda done: None,
     ) -> None:
@@ -166,6 +166,7 @@ class RolloutPool:
         if len(histories.index.unique()) < len(lengths):
             raise ValueError("histories has rows of one index, needs another for each")
         self.copies = copies
+        self._later = later
         self._row = torch.full((int(histories.index.max()) + 1,), -1)
         self._row[histories.index] = torch.arange(len(lengths))
         self._begin = contexts.cumsum(0) - contexts
@@ -189,11 +190,11 @@ class RolloutPool:
         part = {name: column.to(generator.device) for name, column in part.items()}
         begin = self._begin[rows]
         if self._candidates is not None:
-            place, past, target = _growing(part["items"])
+            place, past, ahead = _growing(part["items"], 1 + self._later)
             context = begin[place[:, 0].cpu()] + place[:, 1].cpu()
             for some in torch.arange(len(context)).split(self._rows_at_once):
                 scores = model.scores(past[some]).to(past.device, torch.float32)
-                best = best_items(scores, target[some], self._candidates.shape[2])
+                best = best_items(scores, ahead[some], self._candidates.shape[2])
                 self._keep(slice(None), context[some], *best)
         for copy in range(1, 1 + self.copies):
 
@@ -246,9 +247,14 @@ def _mapped(shape: tuple[int, ...], dtype: type[np.generic], folder: str | os.Pa
         return torch.from_numpy(np.memmap(file, dtype, "w+", shape=shape))
 
 
-def _growing(items: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """All contexts of histories (B, W): row and place (C, 2), what came before (C, W - 1), target (C,)."""
+def _growing(items: Tensor, ahead: int) -> tuple[Tensor, Tensor, Tensor]:
+    """All contexts of histories (B, W): row and place (C, 2), what came before and comes next.
+
+    (C, W - 1) and (C, ahead), -1 where there is none.
+    """
     place = (items[:, 1:] >= 0).nonzero()
     past = items[place[:, 0], :-1]
     past = past.masked_fill(torch.arange(past.shape[1], device=past.device) > place[:, 1:], -1)
-    return place, past, items[place[:, 0], place[:, 1] + 1]
+    padded = functional.pad(items, (0, ahead), value=-1)
+    column = place[:, 1:] + 1 + torch.arange(ahead, device=items.device)
+    return place, past, padded[place[:, :1], column]

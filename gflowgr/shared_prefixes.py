@@ -1,29 +1,30 @@
-"""A SASRec's scores for histories that grow item by item, as training on whole histories asks for them."""
+"""A SASRec's scores, or a mixture's, for histories that grow item by item, as whole histories do."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from gflowgr.collaborative import SASRec
+from gflowgr.collaborative import Mixture, SASRec
 
 
 class SharedPrefixes:
-    """The same scores as the SASRec's own, with one pass over all rows that begin one another.
+    """The same scores as the model's own, with one pass over all rows that begin one another.
 
     A causal model has met every prefix of a history on its way through it. Where a row is the beginning of
     the next one, only the longer is run, and the shorter's state is read off on the way: for a whole history
     of n items, n times less work.
     """
 
-    def __init__(self, model: SASRec) -> None:
+    def __init__(self, model: SASRec | Mixture) -> None:
         self.model = model
+        self.sasrec = model.sasrec if isinstance(model, Mixture) else model
         self.num_items = model.num_items
 
     @torch.no_grad()
     def scores(self, histories: Tensor) -> Tensor:
         """(B, H) item ids, oldest first, right-padded with -1 -> (B, N) float32."""
-        network = self.model.network
+        network = self.sasrec.network
         if histories.shape[0] < 2 or histories.shape[1] > network.max_history:
             return self.model.scores(histories)
         lengths = (histories >= 0).sum(1)
@@ -32,6 +33,8 @@ class SharedPrefixes:
         row = longest.cumsum(0) - longest.long()
         device = network.start.device
         read = histories[longest].to(device)
-        states = torch.cat([network(rows) for rows in read.split(self.model.rows_per_batch)])
+        states = torch.cat([network(rows) for rows in read.split(self.sasrec.rows_per_batch)])
         logits: Tensor = network.logits(states[row.to(device), lengths.to(device)])
+        if isinstance(self.model, Mixture):
+            logits = self.model.mixed(logits, histories)
         return logits.to(histories.device)

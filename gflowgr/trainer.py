@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerControl
 
@@ -25,7 +26,7 @@ from gflowgr.backbones import GenerativeRecommender
 from gflowgr.baselines import baseline_diagnostics, baseline_loss
 from gflowgr.collaborative import CollaborativeModel
 from gflowgr.config import GFlowGRConfig
-from gflowgr.data import Examples, Histories, LikeLengths, collate
+from gflowgr.data import MAX_FUTURE, Examples, Histories, LikeLengths, collate
 from gflowgr.folders import write_text
 from gflowgr.metrics import Metrics, ranking_metrics
 from gflowgr.objectives import BASELINES, REWARDED, TrajectoryBatch, diagnostics, gfn_loss, sft_loss
@@ -247,6 +248,8 @@ class GFlowGRTrainer(Trainer):
         self.reward_model = reward_model
         self.sampler = sampler
         self.collaborative = collaborative
+        # Of whole histories; windows say themselves what they know.
+        self._later = MAX_FUTURE if reward_model is not None and reward_model.reads_future else 0
         self._pool: RolloutPool | None = None
         self._figures: dict[str, list[float]] = defaultdict(list)
         self._timer = time.perf_counter()
@@ -294,11 +297,16 @@ class GFlowGRTrainer(Trainer):
                 inputs, known = self._from_pool(inputs)
             else:
                 inputs = self._partly_rolled_out(inputs)
-        single = _contexts_of_histories(inputs, self.policy.recommender.history_length) if whole else inputs
+        single = inputs
+        if whole:
+            single = _contexts_of_histories(inputs, self.policy.recommender.history_length, self._later)
         scores = self._scores(single["history"]) if known is None else None
         draw = None if whole else self._draw(single, scores)
         if known is None and scores is not None and self.args.candidates:
-            known = best_items(scores, single["target"], self.args.candidates)
+            ahead = single["target"][:, None]
+            if self._later:
+                ahead = torch.cat([ahead, single["future"]], 1)
+            known = best_items(scores, ahead, self.args.candidates)
         return ContextBatch(
             history=None if whole else inputs["history"],
             items=inputs["items"] if whole else None,
@@ -359,6 +367,7 @@ class GFlowGRTrainer(Trainer):
                 candidates=self.args.reward_candidates,
                 temperature=self.args.rollout_temperature,
                 generator=generator,
+                later=self._later,
                 folder=self.args.output_dir,
                 advance=bar.update,
             )
@@ -599,8 +608,11 @@ class GFlowGRTrainer(Trainer):
         self.policy.load_weights(self.state.best_model_checkpoint)
 
 
-def _contexts_of_histories(inputs: dict[str, Tensor], history_length: int) -> dict[str, Tensor]:
-    """One row for each item of whole histories but a row's first: what came before it, and it as target."""
+def _contexts_of_histories(inputs: dict[str, Tensor], history_length: int, later: int) -> dict[str, Tensor]:
+    """One row for each item of whole histories but a row's first: what came before it, and it as target.
+
+    Its future are the next `later` items of the row.
+    """
     items, value = inputs["items"], inputs["value"]
     width = items.shape[1]
     position = torch.arange(1, width, device=items.device).unsqueeze(1)
@@ -609,13 +621,13 @@ def _contexts_of_histories(inputs: dict[str, Tensor], history_length: int) -> di
     source = (position - length + slot).clamp(max=width - 1)
     windows = torch.where(slot < length, items[:, source], -1)
     rows = items[:, 1:] >= 0
-    nothing = items.new_empty(int(rows.sum()), 0)
+    after = position + 1 + torch.arange(later, device=items.device)
     return {
         "history": windows[rows],
         "target": items[:, 1:][rows],
         "value": value[:, 1:][rows],
-        "future": nothing,
-        "future_value": nothing.to(value.dtype),
+        "future": functional.pad(items, (0, later), value=-1)[:, after][rows],
+        "future_value": functional.pad(value, (0, later))[:, after][rows],
     }
 
 
@@ -654,6 +666,11 @@ def _check_parts(
     num_items = recommender.semantic_ids.num_items
     if args.objective in REWARDED and args.gfn_weight and reward_model is None:
         raise ValueError(f"reward_model is None, needs a RewardModel for objective {args.objective!r}")
+    if reward_model is not None and reward_model.reads_future and 0 < args.reward_candidates <= MAX_FUTURE:
+        raise ValueError(
+            f"reward_candidates is {args.reward_candidates}, needs more than the {MAX_FUTURE} later items "
+            "that are rewarded beside the target, or 0 for the whole catalogue"
+        )
     learned = reward_model is not None and next(reward_model.parameters(), None) is not None
     if args.objective in BASELINES and learned:
         raise ValueError(

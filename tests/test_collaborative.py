@@ -21,6 +21,7 @@ from gflowgr.collaborative import (
     ALS,
     CollaborativeModel,
     ItemKNN,
+    Mixture,
     Popularity,
     Recommender,
     SASRec,
@@ -85,6 +86,7 @@ QUICK = {
     "item-knn": {"progress": False},
     "als": {"progress": False, "factors": 8, "iterations": 3},
     "sasrec": {"progress": False, "hidden_size": 16, "epochs": 2, "max_history": 6},
+    "mixture": {"progress": False, "max_history": 6, "sasrec": {"hidden_size": 16, "epochs": 2}},
 }
 
 
@@ -231,6 +233,28 @@ def test_item_knn_follows_its_formula() -> None:
         assert similarity[item][best[1]] > 1.001 * np.sort(similarity[item])[-3]
         assert set(np.flatnonzero(kept)) == set(best)
         np.testing.assert_allclose(kept[best], similarity[item][best], rtol=1e-5)
+
+
+def test_a_mixture_is_one_of_distributions() -> None:
+    log, options = clustered_log(0), dict(QUICK["mixture"])
+    model = build("mixture", log, NUM_ITEMS, seed=1, neighbour_weight=0.3, sharpness=2.0, **options)
+    assert isinstance(model, Mixture)
+    sasrec = build("sasrec", log, NUM_ITEMS, seed=1, **QUICK["sasrec"])
+    item_knn = build("item-knn", log, NUM_ITEMS, progress=False, **{})
+    histories = padded([[3, 4, 5], [20], []])
+    found = model.scores(histories).double().exp()
+    similarity = item_knn.scores(histories).double() ** 2
+    share = similarity / similarity.sum(1, keepdim=True)
+    expected = 0.7 * sasrec.scores(histories).double().softmax(1) + 0.3 * share
+    torch.testing.assert_close(found[:2], expected[:2], rtol=1e-4, atol=1e-6)
+    # No history, no neighbours: SASRec alone, up to a factor.
+    torch.testing.assert_close(
+        model.scores(histories).softmax(1)[2], sasrec.scores(histories).softmax(1)[2], rtol=1e-4, atol=1e-6
+    )
+    with pytest.raises(ValueError, match=r"neighbour_weight: got 1\.0, need a number from 0 to below 1"):
+        Mixture(sasrec, item_knn, neighbour_weight=1.0)
+    with pytest.raises(ValueError, match="item_knn has 9 items, needs 24 like sasrec"):
+        Mixture(sasrec, build("item-knn", Log.of([[0, 1], [1, 2]]), 9, progress=False))
 
 
 def test_als_folds_a_history_in_by_the_exact_least_squares() -> None:

@@ -20,7 +20,7 @@ from gflowgr import pipeline
 from gflowgr.adaptive import WeightSchedule
 from gflowgr.assembly import SECTIONS, Plan
 from gflowgr.backbones import GenerativeRecommender
-from gflowgr.collaborative import SASRec, SASRecNetwork
+from gflowgr.collaborative import ItemKNN, Mixture, SASRec, SASRecNetwork
 from gflowgr.folders import DataFolder, Items
 from gflowgr.generation import score_all
 from gflowgr.quality.run_users import load_run_users
@@ -558,10 +558,20 @@ def test_there_are_configs() -> None:
 @given(
     st.lists(st.lists(st.integers(0, 9), max_size=5), min_size=1, max_size=6),
     st.booleans(),
+    st.booleans(),
 )
-def test_shared_prefixes_change_no_score(rows: list[list[int]], growing: bool) -> None:
+def test_shared_prefixes_change_no_score(rows: list[list[int]], growing: bool, mixed: bool) -> None:
     torch.manual_seed(0)
-    model = SASRec(SASRecNetwork(10, 8, 1, 2, 0.3, 6))
+    model: SASRec | Mixture = SASRec(SASRecNetwork(10, 8, 1, 2, 0.3, 6))
+    if mixed:
+        neighbours = ItemKNN(
+            np.array([0, 2, 3, 3, 3, 3, 3, 3, 3, 3, 4]),
+            np.array([1, 2, 0, 9]),
+            np.array([0.5, 0.1, 0.5, 0.2], np.float32),
+            num_items=10,
+            recency=0.6,
+        )
+        model = Mixture(model, neighbours)
     if growing:
         rows = [row[:length] for row in rows for length in range(len(row) + 1)]
     histories = torch.full((len(rows), 6), -1)

@@ -78,6 +78,12 @@ def run(place: Place, *rows: str, seed: int = 0) -> None:
         cells.run(row, TINY, seed, place)
 
 
+def before(row: str) -> list[str]:
+    """All that a row is built on, and that on, each once and in order."""
+    names = [name for needed in ROWS[row].built_on for name in (*before(needed), needed)]
+    return list(dict.fromkeys(names))
+
+
 # One of each kind that does something of its own; the rest of the table differs in settings alone.
 KINDS = ["popularity", "item-knn", "ensemble", "sft-smoothed", "sft-rollouts", "sprec", "grpo", "gflowgr"]
 
@@ -85,8 +91,7 @@ KINDS = ["popularity", "item-knn", "ensemble", "sft-smoothed", "sft-rollouts", "
 class TestCells:
     @pytest.mark.parametrize("row", KINDS)
     def test_a_row_runs(self, place: Place, row: str) -> None:
-        for needed in ROWS[row].built_on:
-            run(place, needed)
+        run(place, *before(row))
         cell = cells.run(row, TINY, 0, place)
         assert cell.num_users == USERS
         assert cell.built_on == ROWS[row].built_on
@@ -99,8 +104,7 @@ class TestCells:
     @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
     @pytest.mark.parametrize("row", [name for name in ROWS if name not in KINDS])
     def test_every_other_row_runs(self, place: Place, row: str) -> None:
-        needed = [other for first in ROWS[row].built_on for other in (*ROWS[first].built_on, first)]
-        run(place, *needed, row)
+        run(place, *before(row), row)
 
     def test_the_budget_counts_what_it_is_built_on(self, place: Place) -> None:
         run(place, "sft", "sft-continued")
@@ -111,7 +115,7 @@ class TestCells:
         assert continued.budget["total_seconds"] == pytest.approx(total, abs=0.11)
 
     def test_what_a_row_is_built_on_has_to_be_there(self, place: Place) -> None:
-        with pytest.raises(FileNotFoundError, match="gflowgr needs sasrec of seed 0 first"):
+        with pytest.raises(FileNotFoundError, match="gflowgr needs mixture of seed 0 first"):
             run(place, "gflowgr")
 
     def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_been(
@@ -235,9 +239,9 @@ class TestMissing:
         tasks = missing(["tiny"], ["gflowgr-tb", "sft"], [3], place)
         names = [task.row for task in tasks]
         assert sorted(names) == ["gflowgr-tb", "sasrec", "sft"]
-        for task, before in tasks.items():
-            assert {needed.row for needed in before} == set(ROWS[task.row].built_on)
-            assert all(names.index(needed.row) < names.index(task.row) for needed in before)
+        for task, waits_for in tasks.items():
+            assert {needed.row for needed in waits_for} == set(ROWS[task.row].built_on)
+            assert all(names.index(needed.row) < names.index(task.row) for needed in waits_for)
 
     def test_a_result_that_is_there_is_not_made_again(self, place: Place) -> None:
         run(place, "sft")
@@ -253,12 +257,12 @@ class TestMissing:
         points = [task for task in tasks if task.point]
         assert points == [
             Task("tiny", row, 1, tuple(point.items()))
-            for row in ("sft", "gflowgr")
+            for row in ("sft", "gflowgr-sasrec")
             for point in ROWS[row].points()
         ]
-        for task, before in tasks.items():
+        for task, waits_for in tasks.items():
             if task.row == "gflowgr-flows":
-                assert set(before) >= {point for point in points if point.row == "gflowgr"}
+                assert set(waits_for) >= {point for point in points if point.row == "gflowgr-sasrec"}
         for point in ROWS["sft"].points()[:2]:
             grids.add_point("sft", "tiny", place.results, tried(point))
         left = missing(["tiny"], ["sft"], [1], place, tune=True)

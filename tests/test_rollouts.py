@@ -279,19 +279,22 @@ def test_a_plan_fits_the_recommender_of_rollouts_for_whatever_objective() -> Non
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 6), st.integers(2, 9), st.integers(1, 12), st.integers(0, 1000))
-def test_the_best_items_are_the_highest_scores_and_the_target(
-    rows: int, num_items: int, count: int, seed: int
+@given(st.integers(1, 6), st.integers(2, 9), st.integers(1, 12), st.integers(0, 3), st.integers(0, 1000))
+def test_the_best_items_are_the_highest_scores_and_those_wanted(
+    rows: int, num_items: int, count: int, later: int, seed: int
 ) -> None:
+    count = max(count, 1 + later)
     scores = torch.randn(rows, num_items, generator=seeded(seed))
-    targets = torch.randint(num_items, (rows,), generator=seeded(seed + 1))
-    items, values = best_items(scores, targets, count)
-    assert torch.equal(values, scores.gather(1, items))
-    for row, target in enumerate(targets.tolist()):
-        order = scores[row].argsort(descending=True).tolist()
-        expected = set(order[: min(count, num_items)])
-        if target not in expected:
-            expected = {*order[: min(count, num_items) - 1], target}
+    kept = scores.clone()
+    wanted = torch.randint(-1, num_items, (rows, 1 + later), generator=seeded(seed + 1))
+    wanted[:, 0].clamp_(min=0)
+    items, values = best_items(scores, wanted, count)
+    assert torch.equal(values, scores.gather(1, items)) and torch.equal(scores, kept)
+    for row in range(rows):
+        expected = set(wanted[row].tolist()) - {-1}
+        for item in scores[row].argsort(descending=True).tolist():
+            if len(expected) < min(count, num_items):
+                expected.add(item)
         assert set(items[row].tolist()) == expected and len(expected) == items.shape[1]
 
 
@@ -302,15 +305,28 @@ def histories_of(rows: list[list[int]], width: int) -> Histories:
 
 
 @settings(max_examples=40, deadline=None)
-@given(histories_of_distinct_items(), st.integers(0, 1000), st.integers(0, 3), st.integers(0, 5))
+@given(
+    histories_of_distinct_items(),
+    st.integers(0, 1000),
+    st.integers(0, 3),
+    st.integers(0, 5),
+    st.integers(0, 2),
+)
 def test_a_pool_holds_histories_their_rollouts_and_what_the_model_says_of_each_context(
-    histories: tuple[list[list[int]], int], seed: int, copies: int, kept: int
+    histories: tuple[list[list[int]], int], seed: int, copies: int, kept: int, later: int
 ) -> None:
+    later = min(later, max(0, kept - 1))
     rows, num_items = histories
     model = ByLastItem(num_items, seed)
     given_rows = histories_of(rows, num_items)
     pool = RolloutPool(
-        model, given_rows, copies=copies, candidates=kept, temperature=0.7, generator=seeded(seed)
+        model,
+        given_rows,
+        copies=copies,
+        candidates=kept,
+        temperature=0.7,
+        generator=seeded(seed),
+        later=later,
     )
     index = torch.arange(len(rows)).flip(0)
     for number in range(1 + copies):
@@ -333,7 +349,10 @@ def test_a_pool_holds_histories_their_rollouts_and_what_the_model_says_of_each_c
         for (row, before), items, scores in zip(place, *known, strict=True):
             past, target = found["items"][row, : before + 1], found["items"][row, before + 1]
             assert target in items
-            expected = best_items(model.scores(past[None]), target[None], kept)
+            # Later items of the history itself; what was drawn is no user's.
+            drawn_here = found["value"][row, before + 1] == 0
+            ahead = target[None] if drawn_here else original[row, before + 1 : before + 2 + later]
+            expected = best_items(model.scores(past[None]), ahead[None], kept)
             assert torch.equal(torch.sort(items).values, torch.sort(expected[0][0]).values)
             assert torch.equal(scores, model.table[past[-1]][items])
 

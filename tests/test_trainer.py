@@ -61,24 +61,47 @@ def test_whole_histories_train_too(tmp_path, objective) -> None:
 def test_a_whole_history_costs_what_its_windows_cost(tmp_path) -> None:
     """The same contexts, once in one pass and once a window each, have the same losses."""
     data, _ = fixtures.world()
-    for objective in ("sft", "flow_matching", "tb"):
-        whole = fixtures.trainer(tmp_path, histories=True, objective=objective)
-        single = fixtures.trainer(tmp_path, objective=objective)
+    cases = (("sft", 0.0), ("flow_matching", 0.0), ("flow_matching", 0.4), ("tb", 0.0), ("tb", 0.4))
+    losses = {}
+    for objective, future_scale in cases:
+        whole = fixtures.trainer(tmp_path, histories=True, objective=objective, future_scale=future_scale)
+        single = fixtures.trainer(tmp_path, objective=objective, future_scale=future_scale)
         single.policy.load_state_dict(whole.policy.state_dict())
         device = single.args.device
         histories = {name: value[:4].to(device) for name, value in vars(data.histories).items()}
         users = data.histories.user[:4]
         windows = torch.isin(data.train.user, users)
         examples = {name: value[windows].to(device) for name, value in vars(data.train).items()}
-        # Neither later items nor a truncated history may make a difference here.
-        examples["future"], examples["future_value"] = (
-            examples["future"][:, :0],
-            examples["future_value"][:, :0],
-        )
+        # A truncated history would make a difference.
         assert int((histories["items"] >= 0).sum(1).max()) <= 6
         a = whole.compute_loss(whole.model, histories)
         b = single.compute_loss(single.model, examples)
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        losses[objective, future_scale] = a.item()
+    for objective in ("flow_matching", "tb"):
+        assert abs(losses[objective, 0.4] - losses[objective, 0.0]) > 1e-3
+
+
+@pytest.mark.parametrize("options", [{"histories": True, "rollout_reuse": 1}, {"rollout_reuse": 0}])
+def test_later_items_are_among_the_candidates_and_share_the_reward(tmp_path, options) -> None:
+    """Whatever the recommender picks, nothing that an observed item is worth gets lost."""
+    candidates = {"objective": "flow_matching", "rollout_share": 0.25, "future_scale": 0.5, **options}
+    run = fixtures.trainer(tmp_path, reward_candidates=8, **candidates)
+    run.policy.train()
+    inputs = run.data_collator([run.train_dataset[i] for i in range(16)])
+    contexts, _ = run._contexts({name: value.to(run.args.device) for name, value in inputs.items()})
+    rewards = contexts.rewards
+    assert rewards.candidates.shape[1] == 8
+    term = run.reward_model(rewards).terms["interaction"]
+    worth = torch.where(rewards.future >= 0, 0.5 * rewards.future_value, 0.0).sum(1) + rewards.value
+    # Nobody in this log meets an item again, so that all that a context is worth has a place.
+    torch.testing.assert_close(term.sum(1), worth)
+    assert (rewards.future_value > 0).sum(1).max() >= 3
+
+
+def test_too_few_candidates_for_the_later_items_are_refused(tmp_path) -> None:
+    with pytest.raises(ValueError, match="reward_candidates is 5, needs more than the 5 later items"):
+        fixtures.trainer(tmp_path, future_scale=0.5, reward_candidates=5, objective="flow_matching")
 
 
 def test_child_flow_matching_reaches_the_reward_distribution(tmp_path) -> None:

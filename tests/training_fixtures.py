@@ -54,10 +54,12 @@ def tiny(semantic_ids: SemanticIds, backbone: str = "decoder", dropout: float = 
     )
 
 
-def rewards(semantic_ids: SemanticIds, fusion: str = "mixture", **kwargs: Any) -> RewardModel:
+def rewards(
+    semantic_ids: SemanticIds, fusion: str = "mixture", future_scale: float = 0.0, **kwargs: Any
+) -> RewardModel:
     return RewardModel(
         {
-            "interaction": InteractionReward(),
+            "interaction": InteractionReward(future_scale=future_scale),
             "collaborative": CollaborativeReward(),
             "similarity": SimilarityReward(semantic_ids.codes),
         },
@@ -92,6 +94,7 @@ def trainer(
     backbone: str = "decoder",
     histories: bool = False,
     fusion: str = "mixture",
+    future_scale: float = 0.0,
     sampler_options: dict[str, Any] | None = None,
     recommender: GenerativeRecommender | None = None,
     **settings: Any,
@@ -108,7 +111,7 @@ def trainer(
         args,
         data.histories if histories else data.train,
         data.validation,
-        reward_model=rewards(semantic_ids, fusion) if args.objective in REWARDED else None,
+        reward_model=rewards(semantic_ids, fusion, future_scale) if args.objective in REWARDED else None,
         sampler=sampler,
         collaborative=None if args.objective == "sft" else Popularity.fit(data.sequences, NUM_ITEMS),
     )

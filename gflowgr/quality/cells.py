@@ -73,7 +73,7 @@ class Place:
 
     def checkpoint(self, data_set: str, row: str, seed: int) -> Path:
         """A run's folder, or a fitted recommender's file."""
-        ending = ".safetensors" if ROWS[row].kind == "scorer" else ""
+        ending = ".safetensors" if ROWS[row].kind in ("scorer", "mixture") else ""
         return self.work / data_set / f"{row}-{seed}{ending}"
 
     def result(self, data_set: str, row: str, seed: int) -> Path:
@@ -83,7 +83,7 @@ class Place:
 def settings_of(row_name: str, data_set: DataSet, seed: int, place: Place) -> dict[str, Any]:
     """Everything that a run is given; paths are those of this machine."""
     row = ROWS[row_name]
-    if row.kind == "scorer":
+    if row.kind in ("scorer", "mixture"):
         return merge(row.settings, chosen_settings(row_name, data_set.name, place.results))
     if row.kind == "ensemble":
         return {"weights": {row.start: 0.5, row.teacher: 0.5}, "candidates": _CANDIDATES}
@@ -123,7 +123,8 @@ def run(row_name: str, data_set: DataSet, seed: int, place: Place) -> Cell:
     for needed in row.built_on:
         if not place.checkpoint(data_set.name, needed, seed).exists():
             raise FileNotFoundError(f"{row_name} needs {needed} of seed {seed} first")
-    measure = {"scorer": _run_scorer, "ensemble": _run_ensemble}.get(row.kind, _run_model)
+    kinds = {"scorer": _run_scorer, "mixture": _run_scorer, "ensemble": _run_ensemble}
+    measure = kinds.get(row.kind, _run_model)
     measured = measure(row_name, data_set, seed, place, settings, folder)
     cell = _cell(row_name, data_set, seed, place, settings, folder, measured)
     cell.save(place.results / data_set.name)
@@ -151,13 +152,15 @@ def _run_scorer(
     row: str, data_set: DataSet, seed: int, place: Place, settings: Mapping[str, Any], folder: DataFolder
 ) -> _Measured:
     began = time.process_time()
-    model = fit_scorer(settings, folder, seed)
+    is_mixture = ROWS[row].kind == "mixture"
+    model = _mixture(row, data_set, seed, place) if is_mixture else fit_scorer(settings, folder, seed)
     seconds = time.process_time() - began
     path = place.checkpoint(data_set.name, row, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     model.save(path)
     parts = split(folder.log, max_history=MAX_HISTORY)
-    log = getattr(model, "training_log", [])
+    # A mixture is of recommenders whose own cells count their steps.
+    log: list[dict[str, float]] = model.training_log if isinstance(model, collaborative.SASRec) else []
     return _Measured(
         parts,
         _rank_scores(model, parts.validation, folder),
@@ -168,12 +171,18 @@ def _run_scorer(
     )
 
 
+def _mixture(row: str, data_set: DataSet, seed: int, place: Place) -> collaborative.Mixture:
+    """Of the two recommenders that the row is built on."""
+    item_knn, sasrec = (place.checkpoint(data_set.name, part, seed) for part in ROWS[row].built_on)
+    return collaborative.Mixture(collaborative.SASRec.load(sasrec), collaborative.ItemKNN.load(item_knn))
+
+
 def fit_scorer(settings: Mapping[str, Any], folder: DataFolder, seed: int) -> Recommender:
     """Fits on a log from which the test items are gone."""
     parts = split(folder.log.without_last(), max_history=MAX_HISTORY, held_out=1)
     options = dict(settings["collaborative"])
     name = options.pop("model")
-    if name == collaborative.SASRec.name:
+    if collaborative.MODELS[name] in collaborative.TRAINED:
         options = {"max_history": MAX_HISTORY, "device": device(), **options}
     if name != "popularity":
         options["progress"] = False
@@ -189,7 +198,7 @@ def _rank_scores(model: Recommender, part: Examples, folder: DataFolder) -> Metr
         scores = model.scores(part.history[rows])
         best.append(scores.topk(PLACES).indices)
         of_target.append(scores.log_softmax(1).gather(1, part.target[rows, None])[:, 0])
-    is_distribution = model.name in ("popularity", "sasrec")
+    is_distribution = model.name in ("popularity", "sasrec", "mixture")
     return ranking_metrics(
         torch.cat(best),
         part.target,
@@ -261,7 +270,7 @@ def _run_ensemble(
     checkpoint = place.checkpoint(data_set.name, start, seed) / pipeline.CHECKPOINT
     recommender = GenerativeRecommender.load(checkpoint).eval().to(device())
     scorer = collaborative.load(place.checkpoint(data_set.name, teacher, seed))
-    if isinstance(scorer, collaborative.SASRec):
+    if isinstance(scorer, collaborative.TRAINED):
         scorer.to(device())
     parts = split(folder.log, max_history=MAX_HISTORY)
     return _Measured(

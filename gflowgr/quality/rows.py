@@ -16,9 +16,10 @@ class Row:
     """A method of the table.
 
     Attributes:
-        kind: "scorer" is a recommender of `gflowgr.collaborative`; "decoder", "large" (a larger decoder) and
-            "t5" a model from scratch; "further" a model that goes on from the checkpoint of `start`;
-            "ensemble" a mixture of the probabilities of `start` and `teacher`.
+        kind: "scorer" is a recommender of `gflowgr.collaborative`, "mixture" one made of those of `start` and
+            `teacher`; "decoder", "large" (a larger decoder) and "t5" a model from scratch; "further" a model
+            that goes on from the checkpoint of `start`; "ensemble" the mean of the probabilities of `start`
+            and `teacher`.
         settings: what distinguishes it, as `gflowgr.assembly.Plan` takes it.
         start: the row whose checkpoint it starts from.
         teacher: the row whose recommender is behind its reward, sampler or rollouts.
@@ -26,7 +27,7 @@ class Row:
         like: the row whose choice it shares, where it has no grid of its own.
     """
 
-    kind: Literal["scorer", "decoder", "large", "t5", "further", "ensemble"]
+    kind: Literal["scorer", "mixture", "decoder", "large", "t5", "further", "ensemble"]
     settings: Mapping[str, Any] = field(default_factory=dict)
     start: str | None = None
     teacher: str | None = None
@@ -111,9 +112,17 @@ _ROLLOUTS = {
     name: OBJECTIVE["training"][name]
     for name in ("rollout_share", "rollout_temperature", "rollout_reuse", "reward_candidates")
 }
+# With a SASRec alone as teacher, and the weights that its grid was laid around.
+_FIRST_REWARD = {
+    "fusion": "mixture",
+    "terms": {"collaborative": {"normalisation": "softmax", "temperature": 0.5}, "interaction": {}},
+    "weights": {"collaborative": 0.4, "interaction": 0.6},
+}
+_FROM_SASREC = {**GFLOWGR, "reward": _FIRST_REWARD, "collaborative": {"model": "sasrec"}}
 # As many points for the supervised model as for ours.
 _SFT_GRID = {"model.dropout": [0.2, 0.3, 0.4]}
-_GFLOWGR_GRID = {"reward.weights.interaction": [0.27, 0.6, 1.2]}
+_GFLOWGR_GRID = {"reward.weights.interaction": [0.25, 0.5, 1.0]}
+_FIRST_GRID = {"reward.weights.interaction": [0.27, 0.6, 1.2]}
 # A T5 sees one context a row, and fewer epochs of them: what it needs is not what a decoder needs.
 _T5_GRID = {"model.dropout": [0.0, 0.1, 0.2]}
 
@@ -121,6 +130,7 @@ ROWS: dict[str, Row] = {
     "popularity": _scorer("popularity"),
     "item-knn": _scorer("item-knn"),
     "sasrec": _scorer("sasrec"),
+    "mixture": Row("mixture", {"collaborative": {"model": "mixture"}}, start="item-knn", teacher="sasrec"),
     "sft": Row("decoder", SFT, grid=_SFT_GRID),
     "sft-continued": _further("sft"),
     "sft-smoothed": Row(
@@ -152,7 +162,7 @@ ROWS: dict[str, Row] = {
         "item_kl",
         "sasrec",
         {
-            "reward": GFLOWGR["reward"],
+            "reward": _FIRST_REWARD,
             "sampler": {"strategies": "collaborative", "schedule": "constant", "pool_size": 15},
         },
         num_trajectories=16,
@@ -162,9 +172,13 @@ ROWS: dict[str, Row] = {
     "gflowgr-vargrad": _paper(objective="vargrad", flows="exact"),
     "gflowgr-subtb": _paper(objective="subtb"),
     "gflowgr-flows": Row(
-        "decoder", merge(GFLOWGR, {"training": {"rollout_share": 0.0}}), teacher="sasrec", like="gflowgr"
+        "decoder",
+        merge(_FROM_SASREC, {"training": {"rollout_share": 0.0}}),
+        teacher="sasrec",
+        like="gflowgr-sasrec",
     ),
-    "gflowgr": Row("decoder", GFLOWGR, teacher="sasrec", grid=_GFLOWGR_GRID),
+    "gflowgr-sasrec": Row("decoder", _FROM_SASREC, teacher="sasrec", grid=_FIRST_GRID),
+    "gflowgr": Row("decoder", GFLOWGR, teacher="mixture", grid=_GFLOWGR_GRID),
     "gflowgr-tb-n1": _paper(num_trajectories=1),
     "gflowgr-tb-n5": _paper(num_trajectories=5),
     "gflowgr-tb-lambda0.02": _paper(gfn_weight=0.02),
@@ -185,12 +199,12 @@ ROWS: dict[str, Row] = {
     "t5-sft-continued": _on_t5("sft-continued", _further("sft")),
     "t5-s-dpo": _on_t5("s-dpo", _further("s_dpo", None, _RANDOM, num_trajectories=4)),
     "t5-gflowgr-tb": _on_t5("gflowgr-tb", _paper()),
-    "t5-gflowgr": Row("t5", GFLOWGR, teacher="sasrec", grid=_T5_GRID),
+    "t5-gflowgr": Row("t5", GFLOWGR, teacher="mixture", grid=_T5_GRID),
     "large-sft": Row("large", SFT),
     "lora-sft": Row("further", merge(_further("sft").settings, _LORA), start="large-sft"),
     "lora-gflowgr": Row(
         "further",
-        merge(OBJECTIVE, _LORA),
+        merge({**OBJECTIVE, "reward": _FIRST_REWARD}, _LORA),
         start="large-sft",
         teacher="sasrec",
     ),
