@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gflowgr.data import batches_of_like_length
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
 
 FILE_FORMAT = "gflowgr.collaborative"
 # Bounds the one large temporary of SASRec's training, the logits, to 64 MiB in float32.
@@ -234,7 +237,8 @@ class ItemKNN(Recommender):
             recency=recency,
         )
 
-    def _scores(self, histories: Tensor) -> Tensor:
+    def neighbours(self, histories: Tensor) -> csr_matrix:
+        """The scores (B, N) without their zeros."""
         from scipy.sparse import csr_matrix
 
         array = histories.cpu().numpy()
@@ -242,7 +246,10 @@ class ItemKNN(Recommender):
         age = (array >= 0).sum(1)[rows] - 1 - columns
         weights = np.power(self.recency, age).astype(np.float32)
         queries = csr_matrix((weights, (rows, array[rows, columns])), shape=(len(array), self.num_items))
-        return torch.from_numpy((queries @ self.similarity).toarray())
+        return queries @ self.similarity
+
+    def _scores(self, histories: Tensor) -> Tensor:
+        return torch.from_numpy(self.neighbours(histories).toarray())
 
     def _tensors(self) -> dict[str, Tensor]:
         return {
@@ -664,11 +671,13 @@ class Mixture(Recommender):
 
     def mixed(self, logits: Tensor, histories: Tensor) -> Tensor:
         """(B, N) scores from SASRec's and the histories (B, H) that they are of."""
-        similarity = self.item_knn._scores(histories).to(logits.device).clamp(min=0)
-        neighbours = similarity / similarity.amax(1, keepdim=True).clamp(min=_TINY)
-        neighbours = neighbours.pow_(self.sharpness)
-        neighbours *= self.neighbour_weight / neighbours.sum(1, keepdim=True).clamp(min=_TINY)
-        return logits.float().softmax(1).mul_(1 - self.neighbour_weight).add_(neighbours).clamp_(_TINY).log_()
+        # Few items are neighbours, so all that can be done with these alone is.
+        found = self.item_knn.neighbours(histories)
+        found.data **= self.sharpness
+        total = np.maximum(np.asarray(found.sum(1)).ravel(), _TINY)
+        found.data *= np.repeat(self.neighbour_weight / total, np.diff(found.indptr)).astype(np.float32)
+        share = torch.from_numpy(found.toarray()).to(logits.device)
+        return share.add_(logits.float().softmax(1), alpha=1 - self.neighbour_weight).clamp_(_TINY).log_()
 
     def _scores(self, histories: Tensor) -> Tensor:
         return self.mixed(self.sasrec._scores(histories), histories)
