@@ -20,7 +20,19 @@ from transformers import TrainerCallback
 from gflowgr import collaborative, pipeline, report
 from gflowgr.collaborative import Recommender
 from gflowgr.data import Split, split
-from gflowgr.demo_report import CONTINUED, METRIC, OURS, RUNS, SFT, TB, Entry, Findings
+from gflowgr.demo_report import (
+    CONTINUED,
+    ITEM_KNN,
+    METRIC,
+    OURS,
+    RUNS,
+    SASREC,
+    SFT,
+    TB,
+    TEACHER,
+    Entry,
+    Findings,
+)
 from gflowgr.folders import DataFolder, remove, require_free, write_text
 from gflowgr.generation import generate
 from gflowgr.metrics import ranking_metrics
@@ -125,8 +137,9 @@ class _Demo:
             self._tokenize()
         with self._stage("Popularity and item kNN"):
             self._fit_baselines()
-        with self._stage("SASRec, a row to beat and the teacher behind reward and sampler"):
+        with self._stage(f"{TEACHER}, rows to beat and the teachers behind rewards and sampler"):
             self._fit_sasrec()
+            self._mix()
         with self._stage(f"{SFT}: {self.budget.steps} steps on whole histories"):
             sft = self._train_sft()
         with self._stage(f"{CONTINUED}: {self.budget.extra_steps} steps more, the control"):
@@ -203,7 +216,7 @@ class _Demo:
     def _fit_baselines(self) -> None:
         described: dict[str, tuple[str, str, dict[str, Any]]] = {
             "Popularity": ("popularity", "The same list for everyone: how often an item was rated.", {}),
-            "Item kNN": (
+            ITEM_KNN: (
                 "item-knn",
                 "Neighbours of the history's items by co-occurrence.",
                 {"progress": False},
@@ -214,6 +227,8 @@ class _Demo:
             model = collaborative.build(name, self.parts.sequences, self.parts.num_items, **options)
             seconds = time.perf_counter() - began
             self._add_scorer(title, model, description, seconds, has_probabilities=name == "popularity")
+            if isinstance(model, collaborative.ItemKNN):
+                self.item_knn = model
 
     def _fit_sasrec(self) -> None:
         began = time.perf_counter()
@@ -234,10 +249,20 @@ class _Demo:
         epochs = len(self.sasrec.training_log)
         description = (
             f"Self-attention over items, full cross-entropy, {epochs} epochs, the best on validation kept; "
-            "the collaborative model behind GFlowGR's reward and sampler."
+            f"the collaborative model behind {TB}."
         )
-        self._add_scorer("SASRec", self.sasrec, description, seconds, has_probabilities=True)
-        self.entries["SASRec"].contexts = epochs * (len(self.parts.sequences.items) - 1)
+        self._add_scorer(SASREC, self.sasrec, description, seconds, has_probabilities=True)
+        self.entries[SASREC].contexts = epochs * (len(self.parts.sequences.items) - 1)
+
+    def _mix(self) -> None:
+        self.teacher = collaborative.Mixture(self.sasrec, self.item_knn)
+        self.teacher.save(self.output / "mixture.safetensors")
+        seconds = sum(self.entries[name].seconds for name in (SASREC, ITEM_KNN))
+        description = (
+            f"The mean of SASRec's distribution and one by item kNN's scores, the teacher of {OURS}."
+        )
+        self._add_scorer(TEACHER, self.teacher, description, seconds, has_probabilities=True)
+        self.entries[TEACHER].contexts = self.entries[SASREC].contexts
 
     def _train_sft(self) -> TrainedRun:
         settings = {"training": self._from_scratch(self.budget.steps) | {"objective": "sft"}}
@@ -300,7 +325,7 @@ class _Demo:
             self.budget.windows,
             self.budget.extra_steps,
             on=SFT,
-            teacher=True,
+            teacher=SASREC,
         )
 
     def _train_ours(self) -> TrainedRun:
@@ -308,7 +333,7 @@ class _Demo:
         further = budget.extra_steps * budget.windows / self._contexts_of_histories()
         steps = budget.steps + round(further)
         own = {
-            "collaborative": {"path": str(self.output / "sasrec.safetensors")},
+            "collaborative": {"path": str(self.output / "mixture.safetensors")},
             "training": self._from_scratch(steps),
         }
         settings, weights = merge(OBJECTIVE, own), OBJECTIVE["reward"]["weights"]
@@ -317,13 +342,13 @@ class _Demo:
             OURS,
             trained,
             f"The same model trained from scratch by child flow matching with exact flows: {steps} steps of "
-            f"{budget.rows} whole histories, so as many contexts as {CONTINUED} has seen in all; the "
-            f"reward is {weights['collaborative'] / sum(weights.values()):.0%} SASRec's distribution, made "
-            "sharper, and the rest the observed item; SASRec goes on with "
+            f"{budget.rows} whole histories, so as many contexts as {CONTINUED} has seen in all; "
+            f"{weights['collaborative'] / sum(weights.values()):.0%} of the reward is the distribution of "
+            f"{TEACHER}, made sharper, and the rest the observed item; the teacher goes on with "
             f"{OBJECTIVE['training']['rollout_share']:.0%} of the histories in the users' place.",
             self._contexts_of_histories(),
             steps,
-            teacher=True,
+            teacher=TEACHER,
         )
         return trained
 
@@ -403,7 +428,7 @@ class _Demo:
         steps: int,
         *,
         on: str | None = None,
-        teacher: bool = False,
+        teacher: str | None = None,
     ) -> None:
         def recommend(history: Tensor) -> Tensor:
             return generate(trained.recommender, history, num_items=LIST_LENGTH, exclude_history=True).items
@@ -415,7 +440,7 @@ class _Demo:
             contexts=round(contexts_a_step * steps) + ((base.contexts or 0) if base is not None else 0),
             seconds=trained.seconds,
             builds_on=(base.seconds if base is not None else 0.0)
-            + (self.entries["SASRec"].seconds if teacher else 0.0),
+            + (self.entries[teacher].seconds if teacher is not None else 0.0),
             recommend=recommend,
             history=trained.history,
             steps_before=self.budget.steps if on is not None else 0,
@@ -442,7 +467,7 @@ class _Demo:
             self.folder,
             self.parts,
             self.genres,
-            self.sasrec,
+            self.teacher,
             ours.recommender,
             self.entries,
         )

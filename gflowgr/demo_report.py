@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gflowgr import pipeline
 from gflowgr.backbones import GenerativeRecommender
-from gflowgr.collaborative import SASRec
+from gflowgr.collaborative import Mixture
 from gflowgr.data import Split
 from gflowgr.folders import DataFolder
 from gflowgr.generation import sample
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from gflowgr.demo import Budget
 
 SFT, CONTINUED, TB, OURS = "SFT", "SFT, continued", "GFlowGR, paper's TB", "GFlowGR"
+ITEM_KNN, SASREC, TEACHER = "Item kNN", "SASRec", "SASRec with item kNN"
 RUNS = {SFT: "sft", CONTINUED: "sft-continued", TB: "gflowgr-tb", OURS: "gflowgr"}
 METRIC = "ndcg@10"
 SHOWN = ("recall@5", "recall@10", "ndcg@5", "ndcg@10", "coverage@10", "gini@10", "diversity@10", "nll")
@@ -76,7 +77,7 @@ class Findings:
         folder: log, items and semantic IDs.
         parts: the log's parts.
         genres: of each movie, by the log's id.
-        sasrec: the teacher.
+        teacher: what the verdict's model has learned from.
         recommender: the model that the verdict is about.
         entries: the models by name, in the order of the table.
     """
@@ -88,7 +89,7 @@ class Findings:
     folder: DataFolder
     parts: Split
     genres: pandas.Series
-    sasrec: SASRec
+    teacher: Mixture
     recommender: GenerativeRecommender
     entries: dict[str, Entry]
 
@@ -164,7 +165,7 @@ class Findings:
         generator = torch.Generator().manual_seed(self.seed)
         rows = torch.randperm(len(train), generator=generator)[:512]
         contexts = train.select(rows)
-        scores = self.sasrec.scores(contexts.history)
+        scores = self.teacher.scores(contexts.history)
         reward = RewardModel(
             {"collaborative": CollaborativeReward(), "interaction": InteractionReward()},
             num_items=self.parts.num_items,
@@ -206,7 +207,7 @@ class Findings:
     def _examples(self) -> list[Example]:
         test = self.parts.test
         shown = {
-            name: entry for name, entry in self.entries.items() if name in ("SASRec", CONTINUED, TB, OURS)
+            name: entry for name, entry in self.entries.items() if name in (TEACHER, CONTINUED, TB, OURS)
         }
         hit = torch.stack([entry.test.per_user["recall@5"] > 0 for entry in shown.values()]).any(0)
         order = np.random.default_rng(self.seed).permutation(len(test))
@@ -259,7 +260,8 @@ class Findings:
             f"{SFT} "
             "and those together, but whole histories throughout, which takes fewer steps. Seconds 'in all' "
             "include the models that a model builds on; evaluations during training are in the seconds too.",
-            f"{OURS} and {TB} learn from SASRec and from the log; a part of any gain is SASRec's knowledge.",
+            f"{OURS} learns from {TEACHER} and {TB} from {SASREC}, beside the log; a part of any gain is "
+            "their knowledge.",
         ]
 
     def _settings(self) -> dict[str, dict[str, Any]]:

@@ -31,6 +31,7 @@ def results(output: Path) -> dict[str, Any]:
 def test_the_short_demo_writes_everything_whole(output: Path) -> None:
     assert {path.name for path in output.iterdir()} == {
         "data",
+        "mixture.safetensors",
         "report.html",
         "results.json",
         "runs",
