@@ -63,6 +63,14 @@ class GFlowGRConfig(TrainingArguments):
         default=1.0,
         metadata={"help": "What the recommender's scores are divided by before it draws such a part."},
     )
+    rollout_beyond: int = field(
+        default=0,
+        metadata={
+            "help": "Items by which a rollout of a whole history is longer than the history, up to the rows' "
+            "length: with 2 the policy is trained where it will be asked, after all that it knows of a user "
+            "and one item more."
+        },
+    )
     rollout_reuse: int = field(
         default=0,
         metadata={
@@ -141,7 +149,7 @@ class GFlowGRConfig(TrainingArguments):
             raise ValueError(f"rollout_share is {self.rollout_share}, needs a number from 0 to 1")
         if not 0 < self.rollout_temperature < math.inf:
             raise ValueError(f"rollout_temperature is {self.rollout_temperature}, needs a number above 0")
-        for name in ("rollout_reuse", "reward_candidates"):
+        for name in ("rollout_beyond", "rollout_reuse", "reward_candidates"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, needs 0 or more")
 

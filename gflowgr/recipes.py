@@ -17,8 +17,8 @@ _COMMON: dict[str, Any] = {
     },
 }
 # What makes it GFlowGR, whatever the model and the budget: child flow matching with exact flows, half of the
-# histories rolled out by the teacher. The reward is a mixture of distributions, so that its weights say how
-# much mass each term has.
+# histories rolled out by the teacher, beyond their ends. The reward is a mixture of distributions, so that
+# its weights say how much mass each term has.
 OBJECTIVE: dict[str, Any] = {
     "reward": {
         "fusion": "mixture",
@@ -33,6 +33,7 @@ OBJECTIVE: dict[str, Any] = {
         "flows": "exact",
         "rollout_share": 0.5,
         "rollout_temperature": 0.5,
+        "rollout_beyond": 2,
         "rollout_reuse": 4,
         "reward_candidates": 128,
     },

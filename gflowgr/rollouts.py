@@ -30,12 +30,13 @@ def roll_out(
     temperature: float = 1.0,
     among: int = 0,
     note: Note | None = None,
+    beyond: int = 0,
 ) -> dict[str, Tensor]:
     """Whole histories of which the latter part, of random length, is drawn from `model` instead.
 
-    Of a history of n items the first 1 to n - 1 stay, each number as likely; every further item is drawn from
-    the softmax of the model's scores after those before it, among the items that the history lacks. A drawn
-    item is worth 0: no user was seen to take it.
+    Of a history of n items the first 1 to n - 1 stay, each number as likely, or up to n where the rollout
+    goes beyond them; every further item is drawn from the softmax of the model's scores after those before
+    it, among the items that the history lacks. A drawn item is worth 0: no user was seen to take it.
 
     Args:
         model: the recommender.
@@ -45,16 +46,18 @@ def roll_out(
         among: draws among so many items of the highest scores; 0 is the whole catalogue.
         note: called after each place with the rows drawn there, the place, and the items that were drawn
             among with their scores, (R, `among`) each.
+        beyond: items by which a rollout is longer than its history, as far as the row has room.
 
     Returns:
-        both, of the same shape; rows of one item are as they were.
+        both, of the same shape; rows of one item are as they were, unless the rollout goes beyond them.
     """
     items = histories["items"]
     lengths = (items >= 0).sum(1)
     share = torch.rand(len(items), generator=generator, device=items.device)
-    kept = 1 + (share * (lengths - 1)).long()
+    kept = 1 + (share * (lengths - 1 + min(beyond, 1))).long()
     column = torch.arange(items.shape[1], device=items.device)
-    drawn = (column >= kept[:, None]) & (column < lengths[:, None])
+    end = lengths + beyond * (lengths > 0)
+    drawn = (column >= kept[:, None]) & (column < end[:, None])
     items = items.masked_fill(drawn, -1)
     for position in range(1, items.shape[1]):
         rows = drawn[:, position].nonzero()[:, 0]
@@ -138,6 +141,7 @@ class RolloutPool:
         later: of the items after a target, so many are among the candidates in any case.
         temperature: of the draws, as `roll_out`'s.
         generator: of the draws; on the device that the pool is filled on, where the recommender best is.
+        beyond: as `roll_out`'s.
         folder: where the file is; the system's for temporary files by default.
         advance: called with the number of histories each time some are done.
 
@@ -156,17 +160,19 @@ class RolloutPool:
         temperature: float,
         generator: torch.Generator,
         later: int = 0,
+        beyond: int = 0,
         folder: str | os.PathLike[str] | None = None,
         advance: Callable[[int], Any] = lambda done: None,
     ) -> None:
         if not len(histories):
             raise ValueError("histories has no rows, needs one at least")
         lengths = (histories.items >= 0).sum(1)
-        contexts = (lengths - 1).clamp(min=0)
+        contexts = ((lengths + beyond).clamp(max=histories.items.shape[1]) - 1).clamp(min=0)
         if len(histories.index.unique()) < len(lengths):
             raise ValueError("histories has rows of one index, needs another for each")
         self.copies = copies
         self._later = later
+        self._beyond = beyond
         self._row = torch.full((int(histories.index.max()) + 1,), -1)
         self._row[histories.index] = torch.arange(len(lengths))
         self._begin = contexts.cumsum(0) - contexts
@@ -185,7 +191,7 @@ class RolloutPool:
     def _fill(
         self, model: CollaborativeModel, rows: Tensor, temperature: float, generator: torch.Generator
     ) -> None:
-        width = max(2, int((self._items[0, rows] >= 0).sum(1).max()))
+        width = max(2, int((self._items[0, rows] >= 0).sum(1).max()) + self._beyond)
         part = {"items": self._items[0, rows, :width], "value": self._value[0, rows, :width]}
         part = {name: column.to(generator.device) for name, column in part.items()}
         begin = self._begin[rows]
@@ -202,7 +208,7 @@ class RolloutPool:
                 self._keep(copy, begin[drawn.cpu()] + position - 1, items, scores)
 
             among = 0 if self._candidates is None else self._candidates.shape[2]
-            rolled = roll_out(model, part, generator, temperature, among, note)
+            rolled = roll_out(model, part, generator, temperature, among, note, self._beyond)
             self._items[copy, rows, :width] = rolled["items"].cpu()
             self._value[copy, rows, :width] = rolled["value"].cpu()
 
@@ -221,7 +227,7 @@ class RolloutPool:
         if self._candidates is None or self._scores is None:
             return None
         rows = self._row[index]
-        contexts = (self._items[0, rows] >= 0).sum(1) - 1
+        contexts = ((self._items[copy, rows] >= 0).sum(1) - 1).clamp(min=0)
         row = torch.arange(len(rows)).repeat_interleave(contexts)
         place = torch.arange(len(row)) - (contexts.cumsum(0) - contexts)[row]
         context = self._begin[rows][row] + place

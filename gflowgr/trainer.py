@@ -319,11 +319,28 @@ class GFlowGRTrainer(Trainer):
         assert self.collaborative is not None
         generator = self._generator(inputs["index"].device, _ROLLOUTS, self.state.global_step)
         chosen = self._chosen_for_rollouts(len(inputs["index"]), generator)
+        whole, temperature = "items" in inputs, self.args.rollout_temperature
+        if whole:
+            room = self._width(inputs) - inputs["items"].shape[1]
+            longer = {
+                "items": functional.pad(inputs["items"], (0, room), value=-1),
+                "value": functional.pad(inputs["value"], (0, room)),
+            }
+            inputs = inputs | longer
         part = {name: column[chosen] for name, column in inputs.items()}
-        roll = roll_out if "items" in inputs else roll_out_window
         with self.accelerator.autocast():
-            part |= roll(self.collaborative, part, generator, self.args.rollout_temperature)
+            if whole:
+                beyond = self.args.rollout_beyond
+                part |= roll_out(self.collaborative, part, generator, temperature, beyond=beyond)
+            else:
+                part |= roll_out_window(self.collaborative, part, generator, temperature)
         return {name: column.index_copy(0, chosen, part[name]) for name, column in inputs.items()}
+
+    def _width(self, inputs: dict[str, Tensor]) -> int:
+        """Of whole histories, with the items by which rollouts are longer, as far as the rows have room."""
+        assert isinstance(self.train_dataset, Histories)
+        width = int(inputs["items"].shape[1])
+        return max(width, min(width + self.args.rollout_beyond, self.train_dataset.items.shape[1]))
 
     def _chosen_for_rollouts(self, size: int, generator: torch.Generator) -> Tensor:
         """Which rows of a batch."""
@@ -339,7 +356,7 @@ class GFlowGRTrainer(Trainer):
         chosen = self._chosen_for_rollouts(len(index), generator)
         copy = torch.zeros_like(index)
         copy[chosen] = torch.randint(1, 1 + self._pool.copies, (len(chosen),), generator=generator)
-        rolled = self._pool.histories(index, copy, inputs["items"].shape[1])
+        rolled = self._pool.histories(index, copy, self._width(inputs))
         known = self._pool.candidates(index, copy) if self.args.candidates else None
         if known is not None:
             known = known[0].to(device), known[1].to(device)
@@ -368,6 +385,7 @@ class GFlowGRTrainer(Trainer):
                 temperature=self.args.rollout_temperature,
                 generator=generator,
                 later=self._later,
+                beyond=self.args.rollout_beyond,
                 folder=self.args.output_dir,
                 advance=bar.update,
             )

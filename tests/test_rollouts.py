@@ -82,25 +82,27 @@ def histories_of_distinct_items(draw: st.DrawFn) -> tuple[list[list[int]], int]:
 
 
 @settings(max_examples=60, deadline=None)
-@given(histories_of_distinct_items(), st.integers(0, 1000), st.integers(0, 2))
+@given(histories_of_distinct_items(), st.integers(0, 1000), st.integers(0, 2), st.integers(0, 3))
 def test_a_prefix_stays_and_the_rest_is_drawn_without_repeats(
-    histories: tuple[list[list[int]], int], seed: int, spare: int
+    histories: tuple[list[list[int]], int], seed: int, spare: int, beyond: int
 ) -> None:
     rows, num_items = histories
     items = padded(rows, num_items + spare)
     value = torch.where(items >= 0, 1.0 + torch.arange(items.shape[1]), 0.0)
     given_items, given_value = items.clone(), value.clone()
-    rolled = roll_out(ByLastItem(num_items, seed), {"items": items, "value": value}, seeded(seed))
+    model = ByLastItem(num_items, seed)
+    rolled = roll_out(model, {"items": items, "value": value}, seeded(seed), beyond=beyond)
     assert torch.equal(items, given_items) and torch.equal(value, given_value)
     assert rolled["items"].dtype == items.dtype and rolled["value"].dtype == value.dtype
     for row, new, worth in zip(rows, rolled["items"].tolist(), rolled["value"].tolist(), strict=True):
-        length = len(row)
+        length = min(len(row) + beyond, items.shape[1])
         drawn = [column for column in range(length) if worth[column] == 0]
         kept = length - len(drawn)
         assert drawn == list(range(kept, length))
-        assert kept == 1 if length == 1 else 1 <= kept < length
+        assert 1 <= kept <= max(1, len(row) - (beyond == 0))
         assert new[:kept] == row[:kept] and worth[:kept] == [1.0 + column for column in range(kept)]
-        assert len(set(new[:length])) == length and all(0 <= item < num_items for item in new[:length])
+        assert len(set(new[:length])) == min(length, num_items)
+        assert all(0 <= item < num_items for item in new[:length])
         assert new[length:] == [-1] * (len(new) - length)
 
 
@@ -121,6 +123,23 @@ def test_draws_follow_the_softmax_of_the_scores_after_what_was_drawn() -> None:
             for second in {0, 1, 3, 4} - {first}
         },
     )
+
+
+def test_a_rollout_beyond_its_history_may_keep_all_of_it() -> None:
+    model, count = ByLastItem(5), 30_000
+    items = torch.tensor([[2, 0, -1, -1]]).expand(count, -1)
+    value = torch.tensor([[1.0, 1.0, 0.0, 0.0]]).expand(count, -1)
+    rolled = roll_out(model, {"items": items, "value": value}, seeded(1), beyond=1)["items"]
+    assert (rolled[:, 3] == -1).all()
+    drawn = dict[tuple[int, ...], float]()
+    for first in (0, 1, 3, 4):
+        for second in {0, 1, 3, 4} - {first}:
+            # Half of them keep both items, and what they draw is drawn after both.
+            probability = 0.5 * model.probability(first, [2]) * model.probability(second, [2, first])
+            drawn[2, first, second] = probability + (
+                0.5 * model.probability(second, [2, 0]) if first == 0 else 0.0
+            )
+    assert_follows(Counter(map(tuple, rolled[:, :3].tolist())), drawn)
 
 
 def test_a_longer_history_keeps_each_number_of_items_as_often() -> None:
@@ -327,19 +346,24 @@ def test_a_pool_holds_histories_their_rollouts_and_what_the_model_says_of_each_c
         temperature=0.7,
         generator=seeded(seed),
         later=later,
+        beyond=beyond,
     )
     index = torch.arange(len(rows)).flip(0)
     for number in range(1 + copies):
         copy = torch.full_like(index, number)
         found = pool.histories(index, copy, num_items)
         original, worth = given_rows.items[index], given_rows.value[index]
-        drawn = (found["value"] == 0) & (original >= 0)
+        drawn = (found["value"] == 0) & (found["items"] >= 0)
         assert torch.equal(found["items"][~drawn], original[~drawn])
         assert torch.equal(found["value"][~drawn], worth[~drawn])
         if number == 0:
             assert not drawn.any()
         else:
-            assert (drawn.any(1) == ((original >= 0).sum(1) > 1)).all()
+            long_enough = 1 if beyond and original.shape[1] > 1 else 2
+            room = (original >= 0).sum(1) < original.shape[1]
+            assert (drawn.any(1) >= ((original >= 0).sum(1) >= long_enough) & room).all()
+            length = ((original >= 0).sum(1) + beyond).clamp(max=original.shape[1])
+            assert torch.equal((found["items"] >= 0).sum(1), length)
         known = pool.candidates(index, copy)
         if kept == 0:
             assert known is None

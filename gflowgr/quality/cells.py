@@ -250,7 +250,10 @@ def _run_model(
     trainer.policy.recommender.save_pretrained(target / pipeline.CHECKPOINT)
     rows = trainer.train_dataset
     steps = trainer.state.max_steps
-    contexts_a_row = 1.0 if isinstance(rows, Examples) else float((rows.items[:, 1:] >= 0).sum()) / len(rows)
+    contexts_a_row = 1.0
+    if not isinstance(rows, Examples):
+        longer = trainer.args.rollout_share * trainer.args.rollout_beyond
+        contexts_a_row = float((rows.items[:, 1:] >= 0).sum()) / len(rows) + longer
     measured = _Measured(
         parts,
         trainer.rank(parts.validation),

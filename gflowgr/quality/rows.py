@@ -98,6 +98,12 @@ def _on_t5(like: str, row: Row) -> Row:
     return replace(row, start="t5-sft", grid={}, like=like)
 
 
+def _within(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings without the rollouts' way beyond their histories."""
+    training = {name: value for name, value in settings["training"].items() if name != "rollout_beyond"}
+    return {**settings, "training": training}
+
+
 _RANDOM = {"sampler": {"strategies": "random"}}
 _POLICY = {"sampler": {"strategies": "policy"}}
 
@@ -112,13 +118,13 @@ _ROLLOUTS = {
     name: OBJECTIVE["training"][name]
     for name in ("rollout_share", "rollout_temperature", "rollout_reuse", "reward_candidates")
 }
-# With a SASRec alone as teacher, and the weights that its grid was laid around.
+# The recipe's first form: a SASRec alone as teacher, and rollouts that end where the history does.
 _FIRST_REWARD = {
     "fusion": "mixture",
     "terms": {"collaborative": {"normalisation": "softmax", "temperature": 0.5}, "interaction": {}},
     "weights": {"collaborative": 0.4, "interaction": 0.6},
 }
-_FROM_SASREC = {**GFLOWGR, "reward": _FIRST_REWARD, "collaborative": {"model": "sasrec"}}
+_FIRST = _within({**GFLOWGR, "reward": _FIRST_REWARD, "collaborative": {"model": "sasrec"}})
 # As many points for the supervised model as for ours.
 _SFT_GRID = {"model.dropout": [0.2, 0.3, 0.4]}
 _GFLOWGR_GRID = {"reward.weights.interaction": [0.25, 0.5, 1.0]}
@@ -173,11 +179,17 @@ ROWS: dict[str, Row] = {
     "gflowgr-subtb": _paper(objective="subtb"),
     "gflowgr-flows": Row(
         "decoder",
-        merge(_FROM_SASREC, {"training": {"rollout_share": 0.0}}),
+        merge(_FIRST, {"training": {"rollout_share": 0.0}}),
         teacher="sasrec",
         like="gflowgr-sasrec",
     ),
-    "gflowgr-sasrec": Row("decoder", _FROM_SASREC, teacher="sasrec", grid=_FIRST_GRID),
+    "gflowgr-sasrec": Row("decoder", _FIRST, teacher="sasrec", grid=_FIRST_GRID),
+    "gflowgr-within": Row(
+        "decoder",
+        merge(GFLOWGR, {"training": {"rollout_beyond": 0}}),
+        teacher="mixture",
+        like="gflowgr",
+    ),
     "gflowgr": Row("decoder", GFLOWGR, teacher="mixture", grid=_GFLOWGR_GRID),
     "gflowgr-tb-n1": _paper(num_trajectories=1),
     "gflowgr-tb-n5": _paper(num_trajectories=5),
@@ -204,7 +216,7 @@ ROWS: dict[str, Row] = {
     "lora-sft": Row("further", merge(_further("sft").settings, _LORA), start="large-sft"),
     "lora-gflowgr": Row(
         "further",
-        merge({**OBJECTIVE, "reward": _FIRST_REWARD}, _LORA),
+        merge(_within({**OBJECTIVE, "reward": _FIRST_REWARD}), _LORA),
         start="large-sft",
         teacher="sasrec",
     ),
