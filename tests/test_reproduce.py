@@ -385,7 +385,7 @@ def test_the_settings_of_a_row_are_a_plan(name: str, place: Place) -> None:
 def test_rollouts_of_the_control_are_ours() -> None:
     ours, control = (ROWS[name].settings["training"] for name in ("gflowgr", "sft-rollouts"))
     names = {name for name in ours if name.startswith("rollout")}
-    assert len(names) == 3 and all(control[name] == ours[name] for name in names)
+    assert len(names) == 4 and all(control[name] == ours[name] for name in names)
     assert control["reward_candidates"] == ours["reward_candidates"]
 
 

@@ -330,9 +330,10 @@ def histories_of(rows: list[list[int]], width: int) -> Histories:
     st.integers(0, 3),
     st.integers(0, 5),
     st.integers(0, 2),
+    st.integers(0, 2),
 )
 def test_a_pool_holds_histories_their_rollouts_and_what_the_model_says_of_each_context(
-    histories: tuple[list[list[int]], int], seed: int, copies: int, kept: int, later: int
+    histories: tuple[list[list[int]], int], seed: int, copies: int, kept: int, later: int, beyond: int
 ) -> None:
     later = min(later, max(0, kept - 1))
     rows, num_items = histories
@@ -359,11 +360,11 @@ def test_a_pool_holds_histories_their_rollouts_and_what_the_model_says_of_each_c
         if number == 0:
             assert not drawn.any()
         else:
-            long_enough = 1 if beyond and original.shape[1] > 1 else 2
-            room = (original >= 0).sum(1) < original.shape[1]
-            assert (drawn.any(1) >= ((original >= 0).sum(1) >= long_enough) & room).all()
-            length = ((original >= 0).sum(1) + beyond).clamp(max=original.shape[1])
+            before = (original >= 0).sum(1)
+            length = (before + beyond).clamp(max=original.shape[1])
             assert torch.equal((found["items"] >= 0).sum(1), length)
+            surely = (before > 1) if beyond == 0 else (length > before)
+            assert drawn.any(1)[surely].all()
         known = pool.candidates(index, copy)
         if kept == 0:
             assert known is None

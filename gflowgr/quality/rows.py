@@ -115,8 +115,9 @@ _LORA = {
     "training": {"learning_rate": 2e-3, "per_device_train_batch_size": 128},
 }
 _ROLLOUTS = {
-    name: OBJECTIVE["training"][name]
-    for name in ("rollout_share", "rollout_temperature", "rollout_reuse", "reward_candidates")
+    name: value
+    for name, value in OBJECTIVE["training"].items()
+    if name.startswith("rollout") or name == "reward_candidates"
 }
 # The recipe's first form: a SASRec alone as teacher, and rollouts that end where the history does.
 _FIRST_REWARD = {
@@ -153,7 +154,10 @@ ROWS: dict[str, Row] = {
         ),
         like="sft",
     ),
-    "sft-rollouts": Row("decoder", merge(SFT, {"training": _ROLLOUTS}), teacher="sasrec", like="sft"),
+    "sft-rollouts-sasrec": Row(
+        "decoder", _within(merge(SFT, {"training": _ROLLOUTS})), teacher="sasrec", like="sft"
+    ),
+    "sft-rollouts": Row("decoder", merge(SFT, {"training": _ROLLOUTS}), teacher="mixture", like="sft"),
     "ensemble": Row("ensemble", start="sft", teacher="sasrec"),
     "dpo": _further("s_dpo", None, _RANDOM, num_trajectories=2),
     "s-dpo": _further("s_dpo", None, _RANDOM, num_trajectories=4),
