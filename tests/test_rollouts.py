@@ -452,11 +452,17 @@ def test_shared_prefixes_fill_a_pool_alike() -> None:
     torch.testing.assert_close(plain.candidates(index, copy)[1], shared.candidates(index, copy)[1])
 
 
-def test_a_step_with_a_pool_is_that_of_its_histories_on_the_catalogue(tmp_path: Path) -> None:
+@pytest.mark.parametrize("beyond", [0, 2])
+def test_a_step_with_a_pool_is_that_of_its_histories_on_the_catalogue(tmp_path: Path, beyond: int) -> None:
     """With all items as candidates and the pool's rollouts as the batch, both ways have one loss."""
     options = {"histories": True, "fusion": "mixture"}
     pooled = fixtures.trainer(
-        tmp_path, rollout_share=0.5, rollout_reuse=3, reward_candidates=fixtures.NUM_ITEMS, **options
+        tmp_path,
+        rollout_share=0.5,
+        rollout_reuse=3,
+        rollout_beyond=beyond,
+        reward_candidates=fixtures.NUM_ITEMS,
+        **options,
     )
     dense = fixtures.trainer(tmp_path, **options)
     dense.policy.load_state_dict(pooled.policy.state_dict())
@@ -466,7 +472,13 @@ def test_a_step_with_a_pool_is_that_of_its_histories_on_the_catalogue(tmp_path: 
     pooled.state.max_steps = 18
     pooled.policy.train()
     contexts, _ = pooled._contexts(inputs)
-    changed = (contexts.items != inputs["items"]).any(1)
+    before = (inputs["items"] >= 0).sum(1)
+    longer = (contexts.items >= 0).sum(1) - before
+    room = (pooled.train_dataset.items.shape[1] - before).clamp(max=beyond)
+    assert torch.equal(longer[longer > 0], room[longer > 0])
+    assert beyond == 0 or 4 <= int((longer > 0).sum()) <= 8
+    width = inputs["items"].shape[1]
+    changed = (contexts.items[:, :width] != inputs["items"]).any(1) | (longer > 0)
     assert 0 < int(changed.sum()) <= 8
     found = pooled.compute_loss(pooled.model, inputs)
     rolled, known = pooled._from_pool(inputs)
