@@ -260,7 +260,12 @@ def _check_collaborative(settings: dict[str, Any]) -> None:
         raise ValueError(f"collaborative.model is {name!r}, needs one of {', '.join(collaborative.MODELS)}")
     options = {key: value for key, value in settings.items() if key != "model"}
     fit = collaborative.MODELS[name].fit  # type: ignore[attr-defined]
-    check_options(fit, options, f"collaborative of model {name!r}", ("sequences", "num_items", "validation"))
+    given = ("sequences", "num_items", "validation")
+    check_options(fit, options, f"collaborative of model {name!r}", given)
+    if name == collaborative.Mixture.name:
+        shared = (*given, "seed", "max_history", "device", "progress")
+        for part, model in (("sasrec", collaborative.SASRec), ("item_knn", collaborative.ItemKNN)):
+            check_options(model.fit, section(options, part), f"collaborative.{part}", shared)
 
 
 def _check_sampler(sampler: dict[str, Any]) -> None:

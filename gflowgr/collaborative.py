@@ -611,6 +611,7 @@ class Mixture(Recommender):
     """
 
     name = "mixture"
+    rows_per_batch = SASRec.rows_per_batch
 
     def __init__(
         self, sasrec: SASRec, item_knn: ItemKNN, *, neighbour_weight: float = 0.5, sharpness: float = 1.5
@@ -643,10 +644,7 @@ class Mixture(Recommender):
         device: str | torch.device = "cpu",
         progress: bool = True,
     ) -> Mixture:
-        """Fit both; `sasrec` and `item_knn` are further options of their own `fit`.
-
-        The defaults of weight and sharpness were the best on the validation part of four sparse logs alike.
-        """
+        """Fit both; `sasrec` and `item_knn` are further options of their own `fit`."""
         neighbours = ItemKNN.fit(sequences, num_items, seed=seed, progress=progress, **(item_knn or {}))
         network = SASRec.fit(
             sequences,
@@ -660,10 +658,6 @@ class Mixture(Recommender):
         )
         return cls(network, neighbours, neighbour_weight=neighbour_weight, sharpness=sharpness)
 
-    @property
-    def training_log(self) -> list[dict[str, float]]:
-        return self.sasrec.training_log
-
     def to(self, device: str | torch.device) -> Mixture:
         """Move SASRec's network; the neighbours stay on the CPU."""
         self.sasrec.to(device)
@@ -676,8 +670,11 @@ class Mixture(Recommender):
         found.data **= self.sharpness
         total = np.maximum(np.asarray(found.sum(1)).ravel(), _TINY)
         found.data *= np.repeat(self.neighbour_weight / total, np.diff(found.indptr)).astype(np.float32)
-        share = torch.from_numpy(found.toarray()).to(logits.device)
-        return share.add_(logits.float().softmax(1), alpha=1 - self.neighbour_weight).clamp_(_TINY).log_()
+        place = np.repeat(np.arange(len(total)) * self.num_items, np.diff(found.indptr)) + found.indices
+        mixed = logits.float().softmax(1).mul_(1 - self.neighbour_weight)
+        place, share = (torch.from_numpy(array).to(mixed.device) for array in (place, found.data))
+        mixed.view(-1).index_add_(0, place, share)
+        return mixed.clamp_(_TINY).log_()
 
     def _scores(self, histories: Tensor) -> Tensor:
         return self.mixed(self.sasrec._scores(histories), histories)

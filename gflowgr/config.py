@@ -66,9 +66,9 @@ class GFlowGRConfig(TrainingArguments):
     rollout_beyond: int = field(
         default=0,
         metadata={
-            "help": "Items by which a rollout of a whole history is longer than the history, up to the rows' "
-            "length: with 2 the policy is trained where it will be asked, after all that it knows of a user "
-            "and one item more."
+            "help": "Items by which a rollout of a whole history is longer than the history, as far as its "
+            "row has room: with 2 the policy is trained where it will be asked, after all that it knows of a "
+            "user and one item more. It counts for whole histories, not for windows."
         },
     )
     rollout_reuse: int = field(

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     import pandas
 
 _COMPRESSIONS = (".gz", ".bz2", ".xz", ".zip", ".zst")
+_SEPARATORS = {".csv": ",", ".tsv": "\t"}
 # Later items of the same user that a context knows unless told otherwise.
 MAX_FUTURE = 5
-_SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -284,6 +284,12 @@ class Histories(_TensorRows):
     user: Tensor
     items: Tensor
     value: Tensor
+
+    def contexts(self, rollout_share: float = 0.0, beyond: int = 0) -> float:
+        """Contexts of a row on average, where a share of them is rolled out up to `beyond` items further."""
+        length = (self.items >= 0).sum(1)
+        further = (length + beyond).clamp(max=self.items.shape[1]) - length
+        return float((length - 1 + rollout_share * further).sum()) / len(self)
 
 
 @dataclass(frozen=True, eq=False)

@@ -110,7 +110,8 @@ def run(output: Path, *, short: bool = False, seed: int = 0, overwrite: bool = F
     require_free(output, overwrite)
     output.mkdir(parents=True, exist_ok=True)
     # Of what is there only what the demo itself writes goes, whatever folder was named.
-    for name in ("data", "runs", "sasrec.safetensors", "report.html", "results.json"):
+    written = "data", "runs", "sasrec.safetensors", "mixture.safetensors", "report.html", "results.json"
+    for name in written:
         remove(output / name)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -330,8 +331,10 @@ class _Demo:
 
     def _train_ours(self) -> TrainedRun:
         budget = self.budget
-        further = budget.extra_steps * budget.windows / self._contexts_of_histories()
-        steps = budget.steps + round(further)
+        share, beyond = (OBJECTIVE["training"][f"rollout_{name}"] for name in ("share", "beyond"))
+        contexts = self._contexts_of_histories(share, beyond)
+        seen = budget.steps * self._contexts_of_histories() + budget.extra_steps * budget.windows
+        steps = round(seen / contexts)
         own = {
             "collaborative": {"path": str(self.output / "mixture.safetensors")},
             "training": self._from_scratch(steps),
@@ -346,7 +349,7 @@ class _Demo:
             f"{weights['collaborative'] / sum(weights.values()):.0%} of the reward is the distribution of "
             f"{TEACHER}, made sharper, and the rest the observed item; the teacher goes on with "
             f"{OBJECTIVE['training']['rollout_share']:.0%} of the histories in the users' place.",
-            self._contexts_of_histories(),
+            contexts,
             steps,
             teacher=TEACHER,
         )
@@ -394,10 +397,9 @@ class _Demo:
     def _windows(self) -> dict[str, Any]:
         return {"contexts": "windows"}
 
-    def _contexts_of_histories(self) -> float:
+    def _contexts_of_histories(self, rollout_share: float = 0.0, beyond: int = 0) -> float:
         """Contexts in a step of whole histories, on average."""
-        items = self.parts.histories.items
-        return float((items[:, 1:] >= 0).sum()) / len(items) * self.budget.rows
+        return self.parts.histories.contexts(rollout_share, beyond) * self.budget.rows
 
     def _add_scorer(
         self, name: str, model: Recommender, description: str, seconds: float, *, has_probabilities: bool

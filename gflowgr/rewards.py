@@ -89,10 +89,10 @@ class InteractionReward:
     """r_a: what the observed interaction was worth; 0 for items the user was not seen with.
 
     The target earns its `value`, a later item of the log `future_scale` times its own. That is 0 unless set:
-    in a mixture later items share this term's mass with the target. `mapping` turns logged values into
-    rewards first (say `{1.0: 1.0, 2.0: 10.0}` where the log writes 1 for a click and 2 for a like); a value
-    that it lacks raises ValueError. GFlowGR (arXiv 2506.16114), interaction reward; the later items are not
-    in the paper.
+    in a mixture later items share this term's mass with the target. Training on whole histories knows the
+    next five items of the row. `mapping` turns logged values into rewards first (say `{1.0: 1.0, 2.0: 10.0}`
+    where the log writes 1 for a click and 2 for a like); a value that it lacks raises ValueError. GFlowGR
+    (arXiv 2506.16114), interaction reward; the later items are not in the paper.
     """
 
     def __init__(self, mapping: Mapping[float, float] | None = None, *, future_scale: float = 0.0) -> None:

@@ -49,14 +49,14 @@ def roll_out(
         beyond: items by which a rollout is longer than its history, as far as the row has room.
 
     Returns:
-        both, of the same shape; rows of one item are as they were, unless the rollout goes beyond them.
+        both, of the same shape; rows of one item are as they were where the rollout goes no further.
     """
     items = histories["items"]
     lengths = (items >= 0).sum(1)
     share = torch.rand(len(items), generator=generator, device=items.device)
-    kept = 1 + (share * (lengths - 1 + min(beyond, 1))).long()
+    end = torch.where(lengths > 0, (lengths + beyond).clamp(max=items.shape[1]), 0)
+    kept = 1 + (share * (lengths - 1 + (end > lengths).long())).long()
     column = torch.arange(items.shape[1], device=items.device)
-    end = lengths + beyond * (lengths > 0)
     drawn = (column >= kept[:, None]) & (column < end[:, None])
     items = items.masked_fill(drawn, -1)
     for position in range(1, items.shape[1]):

@@ -13,7 +13,7 @@ class SharedPrefixes:
 
     A causal model has met every prefix of a history on its way through it. Where a row is the beginning of
     the next one, only the longer is run, and the shorter's state is read off on the way: for a whole history
-    of n items, n times less work.
+    of n items, n times less work for a SASRec; the neighbours' half of a mixture costs what it costs.
     """
 
     def __init__(self, model: SASRec | Mixture) -> None:

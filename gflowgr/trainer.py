@@ -684,11 +684,13 @@ def _check_parts(
     num_items = recommender.semantic_ids.num_items
     if args.objective in REWARDED and args.gfn_weight and reward_model is None:
         raise ValueError(f"reward_model is None, needs a RewardModel for objective {args.objective!r}")
-    if reward_model is not None and reward_model.reads_future and 0 < args.reward_candidates <= MAX_FUTURE:
-        raise ValueError(
-            f"reward_candidates is {args.reward_candidates}, needs more than the {MAX_FUTURE} later items "
-            "that are rewarded beside the target, or 0 for the whole catalogue"
-        )
+    if reward_model is not None and reward_model.reads_future:
+        later = train_dataset.future.shape[1] if isinstance(train_dataset, Examples) else MAX_FUTURE
+        if 0 < args.candidates <= later:
+            raise ValueError(
+                f"reward_candidates is {args.candidates}, needs more than the {later} later items that are "
+                "rewarded beside the target, or 0 for the whole catalogue"
+            )
     learned = reward_model is not None and next(reward_model.parameters(), None) is not None
     if args.objective in BASELINES and learned:
         raise ValueError(

@@ -240,7 +240,7 @@ def test_a_mixture_is_one_of_distributions() -> None:
     model = build("mixture", log, NUM_ITEMS, seed=1, neighbour_weight=0.3, sharpness=2.0, **options)
     assert isinstance(model, Mixture)
     sasrec = build("sasrec", log, NUM_ITEMS, seed=1, **QUICK["sasrec"])
-    item_knn = build("item-knn", log, NUM_ITEMS, progress=False, **{})
+    item_knn = build("item-knn", log, NUM_ITEMS, progress=False)
     histories = padded([[3, 4, 5], [20], []])
     found = model.scores(histories).double().exp()
     similarity = item_knn.scores(histories).double() ** 2

@@ -637,6 +637,10 @@ class TestHistories:
             assert not row["value"][len(items) :].any()
             targets.update(numbers[1:])
         assert targets == Counter(result.train.value.tolist())
+        assert whole.contexts() * len(whole) == pytest.approx(sum(targets.values()))
+        room = [min(2, max_items - len(unpad(row["items"]))) for row in whole]
+        further = whole.contexts(0.5, 2) - whole.contexts()
+        assert further == pytest.approx(0.5 * np.mean(room), abs=1e-5)
 
     def test_the_latest_row_is_full(self) -> None:
         result = split(make_log([list(range(9))]), max_items=4)

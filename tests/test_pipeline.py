@@ -365,6 +365,8 @@ def test_recommend_names_an_item_it_does_not_know(
         ("sampler.adapt={}", "strategies: got collaborative, need at least two"),
         ("collaborative.model=bert", "bert.*sasrec"),
         ("collaborative.neighbors=3", "neighbors.*'neighbours'"),
+        ("collaborative={model: mixture, sasrec: {hiden_size: 3}}", "hiden_size.*'hidden_size'"),
+        ("collaborative={model: mixture, item_knn: {seed: 3}}", "collaborative.item_knn.*seed"),
         ("training.learning_rat=1", "learning_rat.*'learning_rate'"),
         ("training.objective=dpo", "dpo.*flow_matching"),
         ("training.output_dir=x", "output_dir"),

@@ -358,11 +358,16 @@ class TestTokenizers:
         wanted = resolve_collisions(quantise(embed_text(texts)))
         loaded = ours.load(place.data, place.work).semantic_ids
         assert loaded is not None and np.array_equal(loaded.codes.numpy(), wanted)
-        table[1:].to_parquet(place.data / "tiny" / "items.parquet")
+        (kept,) = (place.work / "tiny").glob("semantic_ids-*.npy")
+        np.save(kept, np.load(kept)[::-1])
         again = ours.load(place.data, place.work).semantic_ids
-        assert again is not None and np.array_equal(again.codes.numpy(), wanted), "made once, then kept"
+        assert again is not None and not np.array_equal(again.codes.numpy(), wanted), "made once, then kept"
+        table.assign(text=texts[::-1]).to_parquet(place.data / "tiny" / "items.parquet")
+        other = ours.load(place.data, place.work).semantic_ids
+        assert other is not None and len(list((place.work / "tiny").glob("semantic_ids-*.npy"))) == 2
+        table[1:].to_parquet(place.data / "tiny" / "items.parquet")
         with pytest.raises(ValueError, match="needs one row for each of the log's items"):
-            ours.load(place.data, place.work / "elsewhere")
+            ours.load(place.data, place.work)
 
 
 def test_rows_are_built_on_rows() -> None:

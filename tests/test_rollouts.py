@@ -99,7 +99,7 @@ def test_a_prefix_stays_and_the_rest_is_drawn_without_repeats(
         drawn = [column for column in range(length) if worth[column] == 0]
         kept = length - len(drawn)
         assert drawn == list(range(kept, length))
-        assert 1 <= kept <= max(1, len(row) - (beyond == 0))
+        assert 1 <= kept <= max(1, len(row) - (length == len(row)))
         assert new[:kept] == row[:kept] and worth[:kept] == [1.0 + column for column in range(kept)]
         assert len(set(new[:length])) == min(length, num_items)
         assert all(0 <= item < num_items for item in new[:length])
@@ -226,6 +226,27 @@ def test_a_steps_share_of_rows_is_rolled_out_and_the_others_are_as_they_were(
     assert torch.equal(rolled["index"], inputs["index"])
     if not whole:
         assert bool((rolled["future"][chosen] == -1).all())
+
+
+@pytest.mark.parametrize("candidates", [0, 7])
+def test_rollouts_drawn_anew_go_as_far_beyond_as_their_rows_have_room(
+    tmp_path: Path, candidates: int
+) -> None:
+    run = fixtures.trainer(
+        tmp_path, histories=True, rollout_share=0.5, rollout_beyond=2, reward_candidates=candidates
+    )
+    run.policy.train()
+    inputs = batch_of(run)
+    shorter = {name: column[:, :6] if column.dim() == 2 else column for name, column in inputs.items()}
+    short = (inputs["items"][:, 6] < 0) & (inputs["items"] >= 0).any(1)
+    shorter = {name: column[short] for name, column in shorter.items()}
+    before = (shorter["items"] >= 0).sum(1)
+    rolled = run._partly_rolled_out(shorter)
+    assert rolled["items"].shape[1] == 7, "the rows of the data set are that long"
+    longer = (rolled["items"] >= 0).sum(1) - before
+    assert torch.equal(longer[longer > 0], (7 - before).clamp(max=2)[longer > 0])
+    assert int((longer > 0).sum()) == round(0.5 * len(before))
+    assert torch.isfinite(run.compute_loss(run.model, shorter))
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["histories", "windows"])
@@ -363,8 +384,7 @@ def test_a_pool_holds_histories_their_rollouts_and_what_the_model_says_of_each_c
             before = (original >= 0).sum(1)
             length = (before + beyond).clamp(max=original.shape[1])
             assert torch.equal((found["items"] >= 0).sum(1), length)
-            surely = (before > 1) if beyond == 0 else (length > before)
-            assert drawn.any(1)[surely].all()
+            assert torch.equal(drawn.any(1), (before > 1) | (length > before))
         known = pool.candidates(index, copy)
         if kept == 0:
             assert known is None
@@ -566,6 +586,7 @@ def test_candidates_without_a_pool_are_chosen_in_every_step(tmp_path: Path) -> N
     ("settings", "message"),
     [
         ({"rollout_reuse": -1}, "rollout_reuse is -1, needs 0 or more"),
+        ({"rollout_beyond": -1}, "rollout_beyond is -1, needs 0 or more"),
         ({"reward_candidates": -8}, "reward_candidates is -8, needs 0 or more"),
     ],
 )

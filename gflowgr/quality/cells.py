@@ -174,7 +174,8 @@ def _run_scorer(
 def _mixture(row: str, data_set: DataSet, seed: int, place: Place) -> collaborative.Mixture:
     """Of the two recommenders that the row is built on."""
     item_knn, sasrec = (place.checkpoint(data_set.name, part, seed) for part in ROWS[row].built_on)
-    return collaborative.Mixture(collaborative.SASRec.load(sasrec), collaborative.ItemKNN.load(item_knn))
+    parts = collaborative.SASRec.load(sasrec), collaborative.ItemKNN.load(item_knn)
+    return collaborative.Mixture(*parts).to(device())
 
 
 def fit_scorer(settings: Mapping[str, Any], folder: DataFolder, seed: int) -> Recommender:
@@ -252,8 +253,7 @@ def _run_model(
     steps = trainer.state.max_steps
     contexts_a_row = 1.0
     if not isinstance(rows, Examples):
-        longer = trainer.args.rollout_share * trainer.args.rollout_beyond
-        contexts_a_row = float((rows.items[:, 1:] >= 0).sum()) / len(rows) + longer
+        contexts_a_row = rows.contexts(trainer.args.rollout_share, trainer.args.rollout_beyond)
     measured = _Measured(
         parts,
         trainer.rank(parts.validation),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -56,9 +58,11 @@ class DataSet:
         folder = root / (self.folder or self.name)
         log = read_log(folder / "interactions.parquet")
         if self.codes == FROM_TEXT:
-            kept = work / self.name / "semantic_ids.npy"
+            texts = _texts(folder, log)
+            digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:12]
+            kept = work / self.name / f"semantic_ids-{digest}.npy"
             if not kept.is_file():
-                made = quantise(embed_text(_texts(folder, log)))
+                made = quantise(embed_text(texts))
                 with written(kept) as temporary, temporary.open("wb") as file:
                     np.save(file, made)
             codes = SemanticIds.from_npy(kept).codes.numpy()

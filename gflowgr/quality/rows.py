@@ -188,12 +188,7 @@ ROWS: dict[str, Row] = {
         like="gflowgr-sasrec",
     ),
     "gflowgr-sasrec": Row("decoder", _FIRST, teacher="sasrec", grid=_FIRST_GRID),
-    "gflowgr-within": Row(
-        "decoder",
-        merge(GFLOWGR, {"training": {"rollout_beyond": 0}}),
-        teacher="mixture",
-        like="gflowgr",
-    ),
+    "gflowgr-within": Row("decoder", _within(GFLOWGR), teacher="mixture", like="gflowgr"),
     "gflowgr": Row("decoder", GFLOWGR, teacher="mixture", grid=_GFLOWGR_GRID),
     "gflowgr-tb-n1": _paper(num_trajectories=1),
     "gflowgr-tb-n5": _paper(num_trajectories=5),
@@ -215,7 +210,7 @@ ROWS: dict[str, Row] = {
     "t5-sft-continued": _on_t5("sft-continued", _further("sft")),
     "t5-s-dpo": _on_t5("s-dpo", _further("s_dpo", None, _RANDOM, num_trajectories=4)),
     "t5-gflowgr-tb": _on_t5("gflowgr-tb", _paper()),
-    "t5-gflowgr": Row("t5", GFLOWGR, teacher="mixture", grid=_T5_GRID),
+    "t5-gflowgr": Row("t5", _within(GFLOWGR), teacher="mixture", grid=_T5_GRID),
     "large-sft": Row("large", SFT),
     "lora-sft": Row("further", merge(_further("sft").settings, _LORA), start="large-sft"),
     "lora-gflowgr": Row(
