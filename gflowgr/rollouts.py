@@ -138,10 +138,10 @@ class RolloutPool:
         copies: rollouts of each.
         candidates: best items kept of a context, the target among them, which rollouts are drawn among; 0
             keeps none, and rollouts are drawn from the whole catalogue.
-        later: of the items after a target, so many are among the candidates in any case.
         temperature: of the draws, as `roll_out`'s.
         generator: of the draws; on the device that the pool is filled on, where the recommender best is.
-        beyond: as `roll_out`'s.
+        later: of the items after a target, so many are among the candidates in any case.
+        beyond: items by which a rollout is longer than its history, as `roll_out`'s.
         folder: where the file is; the system's for temporary files by default.
         advance: called with the number of histories each time some are done.
 
