@@ -66,15 +66,15 @@ class GFlowGRConfig(TrainingArguments):
     rollout_beyond: int = field(
         default=0,
         metadata={
-            "help": "Items by which a rollout of a whole history is longer than the history, as far as its "
-            "row has room: with 2 the policy is trained where it will be asked, after all that it knows of a "
-            "user and one item more. It counts for whole histories, not for windows."
+            "help": "Items that the recommender draws after a user's last one: with 2 the policy is trained "
+            "where it will be asked, after all that it knows of a user and one item more. It counts for "
+            "whole histories, not for windows."
         },
     )
     rollout_reuse: int = field(
         default=0,
         metadata={
-            "help": "How often a rollout of a whole history is used: all that the run needs are drawn at its "
+            "help": "How often a rollout of a whole history is used: all that a run needs are drawn at its "
             "first step, among the items that can have a reward; 0 draws anew in every step from the whole "
             "catalogue, as is always done for windows."
         },

@@ -285,11 +285,16 @@ class Histories(_TensorRows):
     items: Tensor
     value: Tensor
 
-    def contexts(self, rollout_share: float = 0.0, beyond: int = 0) -> float:
-        """Contexts of a row on average, where a share of them is rolled out up to `beyond` items further."""
-        length = (self.items >= 0).sum(1)
-        further = (length + beyond).clamp(max=self.items.shape[1]) - length
-        return float((length - 1 + rollout_share * further).sum()) / len(self)
+    def further(self, beyond: int) -> Tensor:
+        """(n,) int64: `beyond` for the latest row of each user, 0 where a further row goes on."""
+        last = self.index.new_full((int(self.user.max()) + 1,), -1)
+        last = last.scatter_reduce(0, self.user, self.index, "amax")
+        return torch.where(self.index == last[self.user], beyond, 0)
+
+    def contexts(self, beyond: int = 0) -> float:
+        """Contexts of a row on average, where the latest row of each user goes `beyond` items further."""
+        length = (self.items >= 0).sum(1) + self.further(beyond)
+        return float((length.clamp(max=self.items.shape[1]) - 1).sum()) / len(self)
 
 
 @dataclass(frozen=True, eq=False)

@@ -331,8 +331,7 @@ class _Demo:
 
     def _train_ours(self) -> TrainedRun:
         budget = self.budget
-        share, beyond = (OBJECTIVE["training"][f"rollout_{name}"] for name in ("share", "beyond"))
-        contexts = self._contexts_of_histories(share, beyond)
+        contexts = self._contexts_of_histories(OBJECTIVE["training"]["rollout_beyond"])
         seen = budget.steps * self._contexts_of_histories() + budget.extra_steps * budget.windows
         steps = round(seen / contexts)
         own = {
@@ -397,9 +396,9 @@ class _Demo:
     def _windows(self) -> dict[str, Any]:
         return {"contexts": "windows"}
 
-    def _contexts_of_histories(self, rollout_share: float = 0.0, beyond: int = 0) -> float:
+    def _contexts_of_histories(self, beyond: int = 0) -> float:
         """Contexts in a step of whole histories, on average."""
-        return self.parts.histories.contexts(rollout_share, beyond) * self.budget.rows
+        return self.parts.histories.contexts(beyond) * self.budget.rows
 
     def _add_scorer(
         self, name: str, model: Recommender, description: str, seconds: float, *, has_probabilities: bool

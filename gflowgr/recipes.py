@@ -16,9 +16,9 @@ _COMMON: dict[str, Any] = {
         "eval_steps": 0.1,
     },
 }
-# What makes it GFlowGR, whatever the model and the budget: child flow matching with exact flows, half of the
-# histories rolled out by the teacher, beyond their ends. The reward is a mixture of distributions, so that
-# its weights say how much mass each term has.
+# What makes it GFlowGR, whatever model and budget: child flow matching with exact flows, and a teacher
+# that goes on with every history, with half of them from somewhere within. The reward is a mixture of
+# distributions, so that its weights say how much mass each term has.
 OBJECTIVE: dict[str, Any] = {
     "reward": {
         "fusion": "mixture",
@@ -38,13 +38,14 @@ OBJECTIVE: dict[str, Any] = {
         "reward_candidates": 128,
     },
 }
-# From scratch: it need not begin with a supervised model.
+# From scratch: it need not begin with a supervised model. What a history goes on by are contexts, too: with
+# three quarters of the histories it takes as many steps as SFT.
 GFLOWGR = merge(
     merge(_COMMON, OBJECTIVE),
     {
         "model": {"dropout": 0.1},
         "collaborative": {"model": "mixture"},
-        "training": {"learning_rate": 2e-3},
+        "training": {"learning_rate": 2e-3, "num_train_epochs": 30, "per_device_train_batch_size": 96},
     },
 )
 # Supervised fine-tuning alone: the row that every other has to beat.

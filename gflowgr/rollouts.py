@@ -30,7 +30,8 @@ def roll_out(
     temperature: float = 1.0,
     among: int = 0,
     note: Note | None = None,
-    beyond: int = 0,
+    beyond: int | Tensor = 0,
+    keep: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Whole histories of which the latter part, of random length, is drawn from `model` instead.
 
@@ -46,7 +47,9 @@ def roll_out(
         among: draws among so many items of the highest scores; 0 is the whole catalogue.
         note: called after each place with the rows drawn there, the place, and the items that were drawn
             among with their scores, (R, `among`) each.
-        beyond: items by which a rollout is longer than its history, as far as the row has room.
+        beyond: items by which a rollout is longer than its history, as far as the row has room; (B,) int64
+            or one number for all.
+        keep: (B,) bool, rows of which all items stay; none by default.
 
     Returns:
         both, of the same shape; rows of one item are as they were where the rollout goes no further.
@@ -56,6 +59,8 @@ def roll_out(
     share = torch.rand(len(items), generator=generator, device=items.device)
     end = torch.where(lengths > 0, (lengths + beyond).clamp(max=items.shape[1]), 0)
     kept = 1 + (share * (lengths - 1 + (end > lengths).long())).long()
+    if keep is not None:
+        kept = torch.where(keep, lengths, kept)
     column = torch.arange(items.shape[1], device=items.device)
     drawn = (column >= kept[:, None]) & (column < end[:, None])
     items = items.masked_fill(drawn, -1)
@@ -81,6 +86,23 @@ def roll_out(
         if note is not None and best is not None:
             note(rows, position, best, scores)
     return {"items": items, "value": histories["value"].masked_fill(drawn, 0)}
+
+
+def make_room(histories: dict[str, Tensor], beyond: Tensor) -> dict[str, Tensor]:
+    """Whole histories of which the oldest items are gone where the row lacks room for `beyond` (B,) more.
+
+    Two items stay in any case.
+    """
+    items, value = histories["items"], histories["value"]
+    width = items.shape[1]
+    length = (items >= 0).sum(1)
+    over = (length + beyond - width).clamp(min=0).minimum((length - 2).clamp(min=0))
+    source = over[:, None] + torch.arange(width, device=items.device)
+    known, source = source < width, source.clamp(max=width - 1)
+    return {
+        "items": items.gather(1, source).masked_fill(~known, -1),
+        "value": value.gather(1, source).masked_fill(~known, 0),
+    }
 
 
 def roll_out_window(
@@ -129,19 +151,23 @@ class RolloutPool:
 
     A recommender does not change while the policy learns from it, so that it need not be asked again each
     time a history comes up: a history has `copies` rollouts, and a context keeps the recommender's
-    `candidates` best items with their scores, 8 bytes each, in a mapped file without a name. Copy 0 is the
-    history itself.
+    `candidates` best items with their scores, 8 bytes each, in a mapped file without a name.
+
+    A share of the rollouts begins somewhere within its history, the others keep all of it. Both go `beyond`
+    the user's last item, and where a row has no room for that its oldest items make some. A row that the
+    user's next row goes on with ends where it does: what came then is known.
 
     Args:
         model: the recommender; one that shares the work of growing histories saves most of it.
         histories: that training will ask for.
         copies: rollouts of each.
+        share: of the rollouts that begin within their history.
         candidates: best items kept of a context, the target among them, which rollouts are drawn among; 0
             keeps none, and rollouts are drawn from the whole catalogue.
         temperature: of the draws, as `roll_out`'s.
         generator: of the draws; on the device that the pool is filled on, where the recommender best is.
         later: of the items after a target, so many are among the candidates in any case.
-        beyond: items by which a rollout is longer than its history, as `roll_out`'s.
+        beyond: items that are drawn after a user's last one.
         folder: where the file is; the system's for temporary files by default.
         advance: called with the number of histories each time some are done.
 
@@ -156,6 +182,7 @@ class RolloutPool:
         histories: Histories,
         *,
         copies: int,
+        share: float,
         candidates: int,
         temperature: float,
         generator: torch.Generator,
@@ -166,34 +193,41 @@ class RolloutPool:
     ) -> None:
         if not len(histories):
             raise ValueError("histories has no rows, needs one at least")
-        lengths = (histories.items >= 0).sum(1)
-        contexts = ((lengths + beyond).clamp(max=histories.items.shape[1]) - 1).clamp(min=0)
-        if len(histories.index.unique()) < len(lengths):
+        if len(histories.index.unique()) < len(histories):
             raise ValueError("histories has rows of one index, needs another for each")
         self.copies = copies
         self._later = later
-        self._beyond = beyond
         self._row = torch.full((int(histories.index.max()) + 1,), -1)
-        self._row[histories.index] = torch.arange(len(lengths))
+        self._row[histories.index] = torch.arange(len(histories))
+        self._beyond = histories.further(beyond)
+        rows = make_room({"items": histories.items, "value": histories.value}, self._beyond)
+        lengths = (rows["items"] >= 0).sum(1)
+        contexts = ((lengths + self._beyond).clamp(max=rows["items"].shape[1]) - 1).clamp(min=0)
         self._begin = contexts.cumsum(0) - contexts
-        self._items = histories.items.repeat(1 + copies, 1, 1)
-        self._value = histories.value.repeat(1 + copies, 1, 1)
+        self._items = rows["items"].repeat(copies, 1, 1)
+        self._value = rows["value"].repeat(copies, 1, 1)
         kept = min(candidates, model.num_items)
-        shape = (1 + copies, int(contexts.sum()), kept)
+        shape = (copies, int(contexts.sum()), kept)
         _require_room(8 * math.prod(shape), folder)
         self._candidates = _mapped(shape, np.int32, folder) if kept else None
         self._scores = _mapped(shape, np.float32, folder) if kept else None
         self._rows_at_once = max(1, min(_ROWS, LOGITS_PER_CHUNK // model.num_items))
-        for rows in lengths.argsort(stable=True).split(self._rows_at_once):
-            self._fill(model, rows, temperature, generator)
-            advance(len(rows))
+        for some in lengths.argsort(stable=True).split(self._rows_at_once):
+            self._fill(model, some, share, temperature, generator)
+            advance(len(some))
 
     def _fill(
-        self, model: CollaborativeModel, rows: Tensor, temperature: float, generator: torch.Generator
+        self,
+        model: CollaborativeModel,
+        rows: Tensor,
+        share: float,
+        temperature: float,
+        generator: torch.Generator,
     ) -> None:
-        width = max(2, int((self._items[0, rows] >= 0).sum(1).max()) + self._beyond)
+        beyond, device = self._beyond[rows], generator.device
+        width = max(2, int(((self._items[0, rows] >= 0).sum(1) + beyond).max()))
         part = {"items": self._items[0, rows, :width], "value": self._value[0, rows, :width]}
-        part = {name: column.to(generator.device) for name, column in part.items()}
+        part = {name: column.to(device) for name, column in part.items()}
         begin = self._begin[rows]
         if self._candidates is not None:
             place, past, ahead = _growing(part["items"], 1 + self._later)
@@ -202,13 +236,14 @@ class RolloutPool:
                 scores = model.scores(past[some]).to(past.device, torch.float32)
                 best = best_items(scores, ahead[some], self._candidates.shape[2])
                 self._keep(slice(None), context[some], *best)
-        for copy in range(1, 1 + self.copies):
+        for copy in range(self.copies):
 
             def note(drawn: Tensor, position: int, items: Tensor, scores: Tensor, copy: int = copy) -> None:
                 self._keep(copy, begin[drawn.cpu()] + position - 1, items, scores)
 
             among = 0 if self._candidates is None else self._candidates.shape[2]
-            rolled = roll_out(model, part, generator, temperature, among, note, self._beyond)
+            keep = torch.rand(len(rows), generator=generator, device=device) >= share
+            rolled = roll_out(model, part, generator, temperature, among, note, beyond.to(device), keep)
             self._items[copy, rows, :width] = rolled["items"].cpu()
             self._value[copy, rows, :width] = rolled["value"].cpu()
 

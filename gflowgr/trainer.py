@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from gflowgr.objectives import BASELINES, REWARDED, TrajectoryBatch, diagnostics
 from gflowgr.ops._random import random_bits
 from gflowgr.reference_policy import ReferencePolicy
 from gflowgr.rewards import RewardContext, RewardModel
-from gflowgr.rollouts import RolloutPool, best_items, roll_out, roll_out_window
+from gflowgr.rollouts import RolloutPool, best_items, make_room, roll_out, roll_out_window
 from gflowgr.sampling import POLICY, STRATEGIES, TARGET, Draw, TrajectorySampler, policy_seeds
 
 _HEADS = "gflownet_heads.safetensors"
@@ -292,7 +293,8 @@ class GFlowGRTrainer(Trainer):
         """The step's contexts with their trajectories drawn."""
         assert isinstance(self.args, GFlowGRConfig)
         whole, known = "items" in inputs, None
-        if self.args.rollout_share and self.model.training:
+        rolls_out = self.args.rollout_share > 0 or (whole and self.args.rollout_beyond > 0)
+        if rolls_out and self.model.training:
             if whole and self.args.rollout_reuse:
                 inputs, known = self._from_pool(inputs)
             else:
@@ -317,27 +319,38 @@ class GFlowGRTrainer(Trainer):
     def _partly_rolled_out(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """The batch with some of its histories, which ones is random, rolled out by the recommender."""
         assert self.collaborative is not None
-        generator = self._generator(inputs["index"].device, _ROLLOUTS, self.state.global_step)
-        chosen = self._chosen_for_rollouts(len(inputs["index"]), generator)
-        whole, temperature = "items" in inputs, self.args.rollout_temperature
-        if whole:
-            room = self._width(inputs) - inputs["items"].shape[1]
-            longer = {
-                "items": functional.pad(inputs["items"], (0, room), value=-1),
-                "value": functional.pad(inputs["value"], (0, room)),
-            }
-            inputs = inputs | longer
-        part = {name: column[chosen] for name, column in inputs.items()}
+        index = inputs["index"]
+        generator = self._generator(index.device, _ROLLOUTS, self.state.global_step)
+        chosen = self._chosen_for_rollouts(len(index), generator)
+        temperature = self.args.rollout_temperature
         with self.accelerator.autocast():
-            if whole:
-                beyond = self.args.rollout_beyond
-                part |= roll_out(self.collaborative, part, generator, temperature, beyond=beyond)
-            else:
-                part |= roll_out_window(self.collaborative, part, generator, temperature)
+            if "items" in inputs:
+                beyond = self._beyond[index.cpu()].to(index.device)
+                room = self._width(inputs) - inputs["items"].shape[1]
+                histories = {
+                    "items": functional.pad(inputs["items"], (0, room), value=-1),
+                    "value": functional.pad(inputs["value"], (0, room)),
+                }
+                histories = make_room(histories, beyond)
+                keep = torch.ones_like(index, dtype=torch.bool).index_fill(0, chosen, False)
+                return inputs | roll_out(
+                    self.collaborative, histories, generator, temperature, beyond=beyond, keep=keep
+                )
+            part = {name: column[chosen] for name, column in inputs.items()}
+            part |= roll_out_window(self.collaborative, part, generator, temperature)
         return {name: column.index_copy(0, chosen, part[name]) for name, column in inputs.items()}
 
+    @cached_property
+    def _beyond(self) -> Tensor:
+        """Items by which the whole history of each index goes on, drawn by the recommender."""
+        rows = self.train_dataset
+        assert isinstance(rows, Histories)
+        beyond = torch.zeros(int(rows.index.max()) + 1, dtype=torch.int64)
+        beyond[rows.index] = rows.further(self.args.rollout_beyond)
+        return beyond
+
     def _width(self, inputs: dict[str, Tensor]) -> int:
-        """Of whole histories, with the items by which rollouts are longer, as far as the rows have room."""
+        """Of whole histories, with the items by which they go on, as far as the rows have room."""
         assert isinstance(self.train_dataset, Histories)
         width = int(inputs["items"].shape[1])
         return max(width, min(width + self.args.rollout_beyond, self.train_dataset.items.shape[1]))
@@ -352,10 +365,8 @@ class GFlowGRTrainer(Trainer):
         if self._pool is None:
             self._pool = self._filled_pool()
         index, device = inputs["index"].cpu(), inputs["index"].device
-        generator = self._generator(index.device, _ROLLOUTS, self.state.global_step)
-        chosen = self._chosen_for_rollouts(len(index), generator)
-        copy = torch.zeros_like(index)
-        copy[chosen] = torch.randint(1, 1 + self._pool.copies, (len(chosen),), generator=generator)
+        generator = self._generator(torch.device("cpu"), _ROLLOUTS, self.state.global_step)
+        copy = torch.randint(self._pool.copies, (len(index),), generator=generator)
         rolled = self._pool.histories(index, copy, self._width(inputs))
         known = self._pool.candidates(index, copy) if self.args.candidates else None
         if known is not None:
@@ -370,8 +381,8 @@ class GFlowGRTrainer(Trainer):
         Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
         batches = math.ceil(len(rows) / (self._train_batch_size * self.args.world_size))
         epochs = self.state.max_steps * self.args.gradient_accumulation_steps / batches
-        # How often this process, which sees its share of the rows, rolls out one of them in the whole run.
-        uses = self.args.rollout_share * epochs / self.args.world_size
+        # How often this process, which sees its share of the rows, sees one of them in the whole run.
+        uses = epochs / self.args.world_size
         quiet = self.args.disable_tqdm or not self.is_local_process_zero()
         with (
             tqdm(total=len(rows), desc="Rollouts", unit=" histories", disable=quiet) as bar,
@@ -381,6 +392,7 @@ class GFlowGRTrainer(Trainer):
                 self.collaborative,
                 rows,
                 copies=max(1, round(uses / self.args.rollout_reuse)),
+                share=self.args.rollout_share,
                 candidates=self.args.reward_candidates,
                 temperature=self.args.rollout_temperature,
                 generator=generator,
@@ -716,7 +728,7 @@ def _check_parts(
             f"sampler draws {sampler.num_trajectories} trajectories, "
             f"needs num_trajectories={args.num_trajectories}"
         )
-    for name in ("rollout_share", "candidates"):
+    for name in ("rollout_share", "rollout_beyond", "candidates"):
         if getattr(args, name) and collaborative is None:
             raise ValueError(f"collaborative is None, needs a recommender for {name}={getattr(args, name)}")
     if sampler is not None and isinstance(sampler.mixture, AdaptiveWeights) and reward_model is None:

@@ -638,9 +638,12 @@ class TestHistories:
             targets.update(numbers[1:])
         assert targets == Counter(result.train.value.tolist())
         assert whole.contexts() * len(whole) == pytest.approx(sum(targets.values()))
-        room = [min(2, max_items - len(unpad(row["items"]))) for row in whole]
-        further = whole.contexts(0.5, 2) - whole.contexts()
-        assert further == pytest.approx(0.5 * np.mean(room), abs=1e-5)
+        latest = {int(row["user"]): int(row["index"]) for row in whole}
+        assert whole.further(2).tolist() == [
+            2 * (latest[row["user"].item()] == row["index"]) for row in whole
+        ]
+        room = [min(2, max_items - len(unpad(whole[index]["items"]))) for index in latest.values()]
+        assert (whole.contexts(2) - whole.contexts()) * len(whole) == pytest.approx(sum(room), abs=1e-3)
 
     def test_the_latest_row_is_full(self) -> None:
         result = split(make_log([list(range(9))]), max_items=4)

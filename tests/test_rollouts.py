@@ -17,7 +17,7 @@ from scipy.stats import chi2
 from torch import Tensor
 
 from gflowgr import rollouts
-from gflowgr.rollouts import RolloutPool, best_items, roll_out, roll_out_window
+from gflowgr.rollouts import RolloutPool, best_items, make_room, roll_out, roll_out_window
 
 pytest.importorskip("transformers")
 
@@ -31,7 +31,7 @@ from gflowgr.trainer import GFlowGRTrainer
 sys.path.insert(0, str(Path(__file__).parent))
 import training_fixtures as fixtures
 
-OURS = ("objective", "flows", "rollout_share", "rollout_temperature", "rollout_reuse", "reward_candidates")
+OURS = ("objective", "flows", "reward_candidates")
 
 
 class ByLastItem:
@@ -82,24 +82,37 @@ def histories_of_distinct_items(draw: st.DrawFn) -> tuple[list[list[int]], int]:
 
 
 @settings(max_examples=60, deadline=None)
-@given(histories_of_distinct_items(), st.integers(0, 1000), st.integers(0, 2), st.integers(0, 3))
+@given(histories_of_distinct_items(), st.integers(0, 1000), st.integers(0, 2), st.data())
 def test_a_prefix_stays_and_the_rest_is_drawn_without_repeats(
-    histories: tuple[list[list[int]], int], seed: int, spare: int, beyond: int
+    histories: tuple[list[list[int]], int], seed: int, spare: int, data: st.DataObject
 ) -> None:
     rows, num_items = histories
+    further = data.draw(st.lists(st.integers(0, 3), min_size=len(rows), max_size=len(rows)))
+    keep = data.draw(st.lists(st.booleans(), min_size=len(rows), max_size=len(rows)))
     items = padded(rows, num_items + spare)
     value = torch.where(items >= 0, 1.0 + torch.arange(items.shape[1]), 0.0)
     given_items, given_value = items.clone(), value.clone()
     model = ByLastItem(num_items, seed)
-    rolled = roll_out(model, {"items": items, "value": value}, seeded(seed), beyond=beyond)
+    rolled = roll_out(
+        model,
+        {"items": items, "value": value},
+        seeded(seed),
+        beyond=torch.tensor(further),
+        keep=torch.tensor(keep),
+    )
     assert torch.equal(items, given_items) and torch.equal(value, given_value)
     assert rolled["items"].dtype == items.dtype and rolled["value"].dtype == value.dtype
-    for row, new, worth in zip(rows, rolled["items"].tolist(), rolled["value"].tolist(), strict=True):
+    for row, new, worth, beyond, stays in zip(
+        rows, rolled["items"].tolist(), rolled["value"].tolist(), further, keep, strict=True
+    ):
         length = min(len(row) + beyond, items.shape[1])
         drawn = [column for column in range(length) if worth[column] == 0]
         kept = length - len(drawn)
         assert drawn == list(range(kept, length))
-        assert 1 <= kept <= max(1, len(row) - (length == len(row)))
+        if stays:
+            assert kept == len(row)
+        else:
+            assert 1 <= kept <= max(1, len(row) - (length == len(row)))
         assert new[:kept] == row[:kept] and worth[:kept] == [1.0 + column for column in range(kept)]
         assert len(set(new[:length])) == min(length, num_items)
         assert all(0 <= item < num_items for item in new[:length])
@@ -228,25 +241,70 @@ def test_a_steps_share_of_rows_is_rolled_out_and_the_others_are_as_they_were(
         assert bool((rolled["future"][chosen] == -1).all())
 
 
+@settings(max_examples=60, deadline=None)
+@given(histories_of_distinct_items(), st.integers(0, 2), st.data())
+def test_the_oldest_items_make_room(
+    histories: tuple[list[list[int]], int], spare: int, data: st.DataObject
+) -> None:
+    rows, num_items = histories
+    width = num_items + spare
+    items = padded(rows, width)
+    value = torch.where(items >= 0, 1.0 + torch.arange(width), 0.0)
+    beyond = data.draw(st.lists(st.integers(0, 4), min_size=len(rows), max_size=len(rows)))
+    found = make_room({"items": items, "value": value}, torch.tensor(beyond))
+    for number, row in enumerate(rows):
+        gone = min(max(0, len(row) + beyond[number] - width), max(0, len(row) - 2))
+        assert found["items"][number].tolist() == row[gone:] + [-1] * (width - len(row) + gone)
+        left = len(row) - gone
+        assert found["value"][number].tolist() == [1.0 + gone + n for n in range(left)] + [0.0] * (
+            width - left
+        )
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
 @pytest.mark.parametrize("candidates", [0, 7])
-def test_rollouts_drawn_anew_go_as_far_beyond_as_their_rows_have_room(
-    tmp_path: Path, candidates: int
+def test_rollouts_drawn_anew_go_beyond_every_users_last_item(
+    tmp_path: Path, candidates: int, share: float
 ) -> None:
     run = fixtures.trainer(
-        tmp_path, histories=True, rollout_share=0.5, rollout_beyond=2, reward_candidates=candidates
+        tmp_path, histories=True, rollout_share=share, rollout_beyond=2, reward_candidates=candidates
     )
     run.policy.train()
     inputs = batch_of(run)
-    shorter = {name: column[:, :6] if column.dim() == 2 else column for name, column in inputs.items()}
     short = (inputs["items"][:, 6] < 0) & (inputs["items"] >= 0).any(1)
-    shorter = {name: column[short] for name, column in shorter.items()}
-    before = (shorter["items"] >= 0).sum(1)
+    inputs = {name: column[short] for name, column in inputs.items()}
+    shorter = inputs | {name: inputs[name][:, :6] for name in ("items", "value")}
+    length = (shorter["items"] >= 0).sum(1)
+    assert len(length.unique()) > 2 and length.max() == 6
     rolled = run._partly_rolled_out(shorter)
     assert rolled["items"].shape[1] == 7, "the rows of the data set are that long"
-    longer = (rolled["items"] >= 0).sum(1) - before
-    assert torch.equal(longer[longer > 0], (7 - before).clamp(max=2)[longer > 0])
-    assert int((longer > 0).sum()) == round(0.5 * len(before))
+    assert torch.equal((rolled["items"] >= 0).sum(1), (length + 2).clamp(max=7))
+    full = length == 6
+    # The first item makes room.
+    real = shorter["items"].clone()
+    real[full, :5] = shorter["items"][full, 1:]
+    real[full, 5] = -1
+    same = ((rolled["items"][:, :6] == real) | (real < 0)).all(1)
+    worth = (rolled["value"] > 0).sum(1)
+    whole = worth == (real >= 0).sum(1)
+    assert int((~whole).sum()) <= round(share * len(length))
+    assert bool(same[whole].all())
+    assert share == 0 or not bool(whole.all())
     assert torch.isfinite(run.compute_loss(run.model, shorter))
+
+
+def test_a_row_that_the_users_next_one_goes_on_with_is_not_gone_beyond(tmp_path: Path) -> None:
+    items = padded([[0, 1, 2], [2, 3, 4, 5], [6, 7]], 6)
+    rows = Histories(torch.arange(3), torch.tensor([0, 0, 1]), items, (items >= 0).float())
+    assert rows.further(2).tolist() == [0, 2, 2]
+    assert rows.contexts(2) == (2 + 5 + 3) / 3
+    for reuse in (0, 1):
+        run = fixtures.trainer(tmp_path, histories=True, rollout_beyond=2, rollout_reuse=reuse)
+        run.train_dataset = rows
+        run.policy.train()
+        contexts, _ = run._contexts(batch_of(run, 3))
+        assert (contexts.items >= 0).sum(1).tolist() == [3, 6, 4]
+        assert torch.equal(contexts.items[:, :4][items[:, :4] >= 0], items[items >= 0])
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["histories", "windows"])
@@ -338,32 +396,44 @@ def test_the_best_items_are_the_highest_scores_and_those_wanted(
         assert set(items[row].tolist()) == expected and len(expected) == items.shape[1]
 
 
-def histories_of(rows: list[list[int]], width: int) -> Histories:
+def histories_of(rows: list[list[int]], width: int, user: list[int] | None = None) -> Histories:
     items = padded(rows, width)
     value = torch.where(items >= 0, 1.0 + torch.arange(width), 0.0)
-    return Histories(torch.arange(len(rows)), torch.arange(len(rows)), items, value)
+    index = torch.arange(len(rows))
+    return Histories(index, index if user is None else torch.tensor(user), items, value)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     histories_of_distinct_items(),
     st.integers(0, 1000),
-    st.integers(0, 3),
+    st.integers(1, 3),
     st.integers(0, 5),
     st.integers(0, 2),
     st.integers(0, 2),
+    st.sampled_from([0.0, 0.5, 1.0]),
+    st.data(),
 )
-def test_a_pool_holds_histories_their_rollouts_and_what_the_model_says_of_each_context(
-    histories: tuple[list[list[int]], int], seed: int, copies: int, kept: int, later: int, beyond: int
+def test_a_pool_holds_rollouts_and_what_the_model_says_of_each_context(
+    histories: tuple[list[list[int]], int],
+    seed: int,
+    copies: int,
+    kept: int,
+    later: int,
+    beyond: int,
+    share: float,
+    data: st.DataObject,
 ) -> None:
     later = min(later, max(0, kept - 1))
     rows, num_items = histories
     model = ByLastItem(num_items, seed)
-    given_rows = histories_of(rows, num_items)
+    user = sorted(data.draw(st.lists(st.integers(0, 4), min_size=len(rows), max_size=len(rows))))
+    given_rows = histories_of(rows, num_items, user)
     pool = RolloutPool(
         model,
         given_rows,
         copies=copies,
+        share=share,
         candidates=kept,
         temperature=0.7,
         generator=seeded(seed),
@@ -371,19 +441,21 @@ def test_a_pool_holds_histories_their_rollouts_and_what_the_model_says_of_each_c
         beyond=beyond,
     )
     index = torch.arange(len(rows)).flip(0)
-    for number in range(1 + copies):
+    further = torch.tensor([beyond * (user[row] not in user[row + 1 :]) for row in index.tolist()])
+    whole = {"items": given_rows.items[index], "value": given_rows.value[index]}
+    original, worth = make_room(whole, further).values()
+    before = (original >= 0).sum(1)
+    length = (before + further).clamp(max=num_items)
+    for number in range(copies):
         copy = torch.full_like(index, number)
         found = pool.histories(index, copy, num_items)
-        original, worth = given_rows.items[index], given_rows.value[index]
         drawn = (found["value"] == 0) & (found["items"] >= 0)
         assert torch.equal(found["items"][~drawn], original[~drawn])
         assert torch.equal(found["value"][~drawn], worth[~drawn])
-        if number == 0:
-            assert not drawn.any()
-        else:
-            before = (original >= 0).sum(1)
-            length = (before + beyond).clamp(max=original.shape[1])
-            assert torch.equal((found["items"] >= 0).sum(1), length)
+        assert torch.equal((found["items"] >= 0).sum(1), length)
+        if share == 0:
+            assert torch.equal(drawn.sum(1), length - before)
+        if share == 1:
             assert torch.equal(drawn.any(1), (before > 1) | (length > before))
         known = pool.candidates(index, copy)
         if kept == 0:
@@ -391,12 +463,12 @@ def test_a_pool_holds_histories_their_rollouts_and_what_the_model_says_of_each_c
             continue
         place = (found["items"][:, 1:] >= 0).nonzero().tolist()
         assert known is not None and len(known[0]) == len(place)
-        for (row, before), items, scores in zip(place, *known, strict=True):
-            past, target = found["items"][row, : before + 1], found["items"][row, before + 1]
+        for (row, at), items, scores in zip(place, *known, strict=True):
+            past, target = found["items"][row, : at + 1], found["items"][row, at + 1]
             assert target in items
             # Later items of the history itself; what was drawn is no user's.
-            drawn_here = found["value"][row, before + 1] == 0
-            ahead = target[None] if drawn_here else original[row, before + 1 : before + 2 + later]
+            drawn_here = found["value"][row, at + 1] == 0
+            ahead = target[None] if drawn_here else original[row, at + 1 : at + 2 + later]
             expected = best_items(model.scores(past[None]), ahead[None], kept)
             assert torch.equal(torch.sort(items).values, torch.sort(expected[0][0]).values)
             assert torch.equal(scores, model.table[past[-1]][items])
@@ -430,8 +502,8 @@ def test_a_run_draws_the_rollouts_that_it_will_use(tmp_path: Path) -> None:
     assert len(run.train_dataset) == 40
     # Afterwards its file is gone.
     assert run._pool is None
-    # An epoch has 3 steps, and half of the histories are rolled out: each that often.
-    for reuse, steps, accumulation, copies in ((1, 30, 1, 5), (2, 24, 1, 2), (1, 6, 4, 4), (100, 3, 1, 1)):
+    # An epoch has 3 steps.
+    for reuse, steps, accumulation, copies in ((1, 30, 1, 10), (2, 24, 1, 4), (1, 6, 4, 8), (100, 3, 1, 1)):
         run = fixtures.trainer(
             tmp_path,
             histories=True,
@@ -447,12 +519,12 @@ def test_a_pool_draws_as_roll_out_does() -> None:
     model, count = ByLastItem(5), 4000
     rows = [[2, 0, 4]] * count
     pool = RolloutPool(
-        model, histories_of(rows, 3), copies=5, candidates=0, temperature=1.0, generator=seeded(1)
+        model, histories_of(rows, 3), copies=5, share=0.6, candidates=0, temperature=1.0, generator=seeded(1)
     )
     index = torch.arange(count).repeat(5)
-    found = pool.histories(index, torch.arange(1, 6).repeat_interleave(count), 3)
+    found = pool.histories(index, torch.arange(5).repeat_interleave(count), 3)
     drawn = (found["value"] == 0).sum(1)
-    assert_follows(Counter(zip(drawn.tolist(), strict=True)), {(1,): 0.5, (2,): 0.5})
+    assert_follows(Counter(zip(drawn.tolist(), strict=True)), {(0,): 0.4, (1,): 0.3, (2,): 0.3})
     one = Counter(zip(found["items"][drawn == 1, 2].tolist(), strict=True))
     assert_follows(one, {(item,): model.probability(item, [2, 0]) for item in (1, 3, 4)})
 
@@ -461,7 +533,16 @@ def test_shared_prefixes_fill_a_pool_alike() -> None:
     data, _ = fixtures.world()
     model = SASRec.fit(data.sequences, fixtures.NUM_ITEMS, hidden_size=8, epochs=1, progress=False)
     plain, shared = (
-        RolloutPool(scorer, data.histories, copies=2, candidates=6, temperature=1.0, generator=seeded(0))
+        RolloutPool(
+            scorer,
+            data.histories,
+            copies=3,
+            share=0.5,
+            candidates=6,
+            temperature=1.0,
+            generator=seeded(0),
+            beyond=1,
+        )
         for scorer in (model, SharedPrefixes(model))
     )
     index = torch.arange(len(data.histories)).repeat(3)
@@ -492,14 +573,8 @@ def test_a_step_with_a_pool_is_that_of_its_histories_on_the_catalogue(tmp_path: 
     pooled.state.max_steps = 18
     pooled.policy.train()
     contexts, _ = pooled._contexts(inputs)
-    before = (inputs["items"] >= 0).sum(1)
-    longer = (contexts.items >= 0).sum(1) - before
-    room = (pooled.train_dataset.items.shape[1] - before).clamp(max=beyond)
-    assert torch.equal(longer[longer > 0], room[longer > 0])
-    assert beyond == 0 or 4 <= int((longer > 0).sum()) <= 8
-    width = inputs["items"].shape[1]
-    changed = (contexts.items[:, :width] != inputs["items"]).any(1) | (longer > 0)
-    assert 0 < int(changed.sum()) <= 8
+    length = ((inputs["items"] >= 0).sum(1) + beyond).clamp(max=inputs["items"].shape[1])
+    assert torch.equal((contexts.items >= 0).sum(1), length)
     found = pooled.compute_loss(pooled.model, inputs)
     rolled, known = pooled._from_pool(inputs)
     assert known is not None and known[0].shape[1] == fixtures.NUM_ITEMS
@@ -528,7 +603,15 @@ def test_a_pool_knows_histories_by_their_index(tmp_path: Path) -> None:
     for rows, match in (([0, 0], "rows of one index"), ([], "has no rows")):
         some = run.train_dataset.select(torch.tensor(rows, dtype=torch.long))
         with pytest.raises(ValueError, match=match):
-            RolloutPool(run.collaborative, some, copies=1, candidates=0, temperature=1.0, generator=seeded(0))
+            RolloutPool(
+                run.collaborative,
+                some,
+                copies=1,
+                share=1.0,
+                candidates=0,
+                temperature=1.0,
+                generator=seeded(0),
+            )
 
 
 def test_a_pool_that_has_no_room_says_what_takes_less(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -539,6 +622,7 @@ def test_a_pool_that_has_no_room_says_what_takes_less(monkeypatch: pytest.Monkey
             ByLastItem(5),
             histories_of([[1, 2, 3]], 3),
             copies=1,
+            share=1.0,
             candidates=2,
             temperature=1.0,
             generator=seeded(0),
@@ -550,10 +634,11 @@ def test_a_pool_that_has_no_room_says_what_takes_less(monkeypatch: pytest.Monkey
     [
         {"rollout_share": 0.0},
         {"objective": "tb", "num_trajectories": 4},
-        {"objective": "sft", "rollout_share": 0.0},
+        {"objective": "sft", "rollout_share": 0.0, "rollout_beyond": 0},
         {"num_trajectories": 4},
         {"max_steps": 3},
         {"rollout_reuse": 0},
+        {"rollout_beyond": 0},
         {"reward_candidates": 0},
     ],
     ids=str,
@@ -562,7 +647,9 @@ def test_a_pool_that_has_no_room_says_what_takes_less(monkeypatch: pytest.Monkey
 def test_any_setting_of_the_recipe_can_be_changed_alone(
     tmp_path: Path, whole: bool, changes: dict[str, Any]
 ) -> None:
-    training = {name: value for name, value in GFLOWGR["training"].items() if name in OURS} | changes
+    training = {
+        name: value for name, value in GFLOWGR["training"].items() if name in OURS or "rollout" in name
+    } | changes
     run = fixtures.trainer(
         tmp_path, histories=whole and "num_trajectories" not in changes, **{"max_steps": 2, **training}
     )

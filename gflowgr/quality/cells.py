@@ -24,6 +24,7 @@ from gflowgr.quality.data import DataSet
 from gflowgr.quality.grids import chosen_settings, grid_of
 from gflowgr.quality.results import Cell, save_users
 from gflowgr.quality.rows import ROWS
+from gflowgr.recipes import SFT
 from gflowgr.settings import merge
 
 PLACES = 10
@@ -99,6 +100,8 @@ def settings_of(row_name: str, data_set: DataSet, seed: int, place: Place) -> di
         settings = merge(merge(common, going_on), row.settings)
     else:
         epochs = data_set.t5_epochs if row.kind == "t5" else data_set.epochs
+        # A data set's are those of SFT.
+        epochs *= row.settings["training"]["num_train_epochs"] / SFT["training"]["num_train_epochs"]
         settings = merge(row.settings, merge(common, {"training": {"num_train_epochs": epochs}}))
         settings = merge(settings, _FROM_SCRATCH[row.kind])
     settings.pop("collaborative", None)
@@ -253,7 +256,7 @@ def _run_model(
     steps = trainer.state.max_steps
     contexts_a_row = 1.0
     if not isinstance(rows, Examples):
-        contexts_a_row = rows.contexts(trainer.args.rollout_share, trainer.args.rollout_beyond)
+        contexts_a_row = rows.contexts(trainer.args.rollout_beyond)
     measured = _Measured(
         parts,
         trainer.rank(parts.validation),

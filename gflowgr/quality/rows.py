@@ -98,10 +98,14 @@ def _on_t5(like: str, row: Row) -> Row:
     return replace(row, start="t5-sft", grid={}, like=like)
 
 
+_BUDGET = ("num_train_epochs", "per_device_train_batch_size")
+
+
 def _within(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings without the rollouts' way beyond their histories."""
+    """Settings in which histories end where they do, and the budget is that of SFT."""
+    budget = {name: SFT["training"][name] for name in _BUDGET if name in settings["training"]}
     training = {name: value for name, value in settings["training"].items() if name != "rollout_beyond"}
-    return {**settings, "training": training}
+    return {**settings, "training": {**training, **budget}}
 
 
 _RANDOM = {"sampler": {"strategies": "random"}}
@@ -116,8 +120,8 @@ _LORA = {
 }
 _ROLLOUTS = {
     name: value
-    for name, value in OBJECTIVE["training"].items()
-    if name.startswith("rollout") or name == "reward_candidates"
+    for name, value in GFLOWGR["training"].items()
+    if name.startswith("rollout") or name == "reward_candidates" or name in _BUDGET
 }
 # The recipe's first form: a SASRec alone as teacher, and rollouts that end where the history does.
 _FIRST_REWARD = {
