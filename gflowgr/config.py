@@ -63,6 +63,14 @@ class GFlowGRConfig(TrainingArguments):
         default=1.0,
         metadata={"help": "What the recommender's scores are divided by before it draws such a part."},
     )
+    rollout_epsilon: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of drawn items that are any of the catalogue: users take much that no recommender "
+            "would have picked, and the policy is asked after it all the same. It counts for "
+            "whole histories, not for windows."
+        },
+    )
     rollout_beyond: int = field(
         default=0,
         metadata={
@@ -145,8 +153,9 @@ class GFlowGRConfig(TrainingArguments):
         if not 0 < self.preference_beta < math.inf:
             raise ValueError(f"preference_beta is {self.preference_beta}, needs a number above 0")
 
-        if not 0 <= self.rollout_share <= 1:
-            raise ValueError(f"rollout_share is {self.rollout_share}, needs a number from 0 to 1")
+        for name in ("rollout_share", "rollout_epsilon"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, needs a number from 0 to 1")
         if not 0 < self.rollout_temperature < math.inf:
             raise ValueError(f"rollout_temperature is {self.rollout_temperature}, needs a number above 0")
         for name in ("rollout_beyond", "rollout_reuse", "reward_candidates"):

@@ -346,8 +346,8 @@ class _Demo:
             f"The same model trained from scratch by child flow matching with exact flows: {steps} steps of "
             f"{budget.rows} whole histories, so as many contexts as {CONTINUED} has seen in all; "
             f"{weights['collaborative'] / sum(weights.values()):.0%} of the reward is the distribution of "
-            f"{TEACHER}, made sharper, and the rest the observed item; the teacher goes on with "
-            f"{OBJECTIVE['training']['rollout_share']:.0%} of the histories in the users' place.",
+            f"{TEACHER}, made sharper, and the rest the observed item; the teacher goes on with every "
+            f"history, with {OBJECTIVE['training']['rollout_share']:.0%} of them from somewhere within.",
             contexts,
             steps,
             teacher=TEACHER,

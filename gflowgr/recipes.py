@@ -34,6 +34,7 @@ OBJECTIVE: dict[str, Any] = {
         "rollout_share": 0.5,
         "rollout_temperature": 0.5,
         "rollout_beyond": 2,
+        "rollout_epsilon": 0.3,
         "rollout_reuse": 4,
         "reward_candidates": 128,
     },

@@ -32,6 +32,7 @@ def roll_out(
     note: Note | None = None,
     beyond: int | Tensor = 0,
     keep: Tensor | None = None,
+    epsilon: float = 0.0,
 ) -> dict[str, Tensor]:
     """Whole histories of which the latter part, of random length, is drawn from `model` instead.
 
@@ -50,6 +51,8 @@ def roll_out(
         beyond: items by which a rollout is longer than its history, as far as the row has room; (B,) int64
             or one number for all.
         keep: (B,) bool, rows of which all items stay; none by default.
+        epsilon: the share of drawn items that are any of the catalogue which the history lacks: users often
+            take what no recommender would have picked, and a policy is asked after it all the same.
 
     Returns:
         both, of the same shape; rows of one item are as they were where the rollout goes no further.
@@ -82,7 +85,12 @@ def roll_out(
         point = torch.rand(len(rows), 1, generator=generator, device=items.device) * mass[:, -1:]
         # Rounding may put the point on the end of the line.
         chosen = torch.searchsorted(mass, point, right=True).clamp(max=mass.shape[1] - 1)
-        items[rows, position] = (chosen if best is None else best.gather(1, chosen))[:, 0]
+        picked = (chosen if best is None else best.gather(1, chosen))[:, 0]
+        if epsilon:
+            strays = torch.rand(len(rows), generator=generator, device=items.device) < epsilon
+            anything = torch.randint(model.num_items, (len(rows),), generator=generator, device=items.device)
+            picked = torch.where(strays & (anything[:, None] != past).all(1), anything, picked)
+        items[rows, position] = picked
         if note is not None and best is not None:
             note(rows, position, best, scores)
     return {"items": items, "value": histories["value"].masked_fill(drawn, 0)}
@@ -162,12 +170,13 @@ class RolloutPool:
         histories: that training will ask for.
         copies: rollouts of each.
         share: of the rollouts that begin within their history.
-        candidates: best items kept of a context, the target among them, which rollouts are drawn among; 0
-            keeps none, and rollouts are drawn from the whole catalogue.
+        candidates: best items kept of a context, which rollouts are drawn among, the target one of them
+            unless it is any of the catalogue; 0 keeps none, and rollouts are drawn from the whole catalogue.
         temperature: of the draws, as `roll_out`'s.
         generator: of the draws; on the device that the pool is filled on, where the recommender best is.
         later: of the items after a target, so many are among the candidates in any case.
         beyond: items that are drawn after a user's last one.
+        epsilon: share of drawn items that are any of the catalogue.
         folder: where the file is; the system's for temporary files by default.
         advance: called with the number of histories each time some are done.
 
@@ -188,6 +197,7 @@ class RolloutPool:
         generator: torch.Generator,
         later: int = 0,
         beyond: int = 0,
+        epsilon: float = 0.0,
         folder: str | os.PathLike[str] | None = None,
         advance: Callable[[int], Any] = lambda done: None,
     ) -> None:
@@ -213,7 +223,7 @@ class RolloutPool:
         self._scores = _mapped(shape, np.float32, folder) if kept else None
         self._rows_at_once = max(1, min(_ROWS, LOGITS_PER_CHUNK // model.num_items))
         for some in lengths.argsort(stable=True).split(self._rows_at_once):
-            self._fill(model, some, share, temperature, generator)
+            self._fill(model, some, share, temperature, epsilon, generator)
             advance(len(some))
 
     def _fill(
@@ -222,6 +232,7 @@ class RolloutPool:
         rows: Tensor,
         share: float,
         temperature: float,
+        epsilon: float,
         generator: torch.Generator,
     ) -> None:
         beyond, device = self._beyond[rows], generator.device
@@ -243,7 +254,9 @@ class RolloutPool:
 
             among = 0 if self._candidates is None else self._candidates.shape[2]
             keep = torch.rand(len(rows), generator=generator, device=device) >= share
-            rolled = roll_out(model, part, generator, temperature, among, note, beyond.to(device), keep)
+            rolled = roll_out(
+                model, part, generator, temperature, among, note, beyond.to(device), keep, epsilon
+            )
             self._items[copy, rows, :width] = rolled["items"].cpu()
             self._value[copy, rows, :width] = rolled["value"].cpu()
 

@@ -334,7 +334,13 @@ class GFlowGRTrainer(Trainer):
                 histories = make_room(histories, beyond)
                 keep = torch.ones_like(index, dtype=torch.bool).index_fill(0, chosen, False)
                 return inputs | roll_out(
-                    self.collaborative, histories, generator, temperature, beyond=beyond, keep=keep
+                    self.collaborative,
+                    histories,
+                    generator,
+                    temperature,
+                    beyond=beyond,
+                    keep=keep,
+                    epsilon=self.args.rollout_epsilon,
                 )
             part = {name: column[chosen] for name, column in inputs.items()}
             part |= roll_out_window(self.collaborative, part, generator, temperature)
@@ -398,6 +404,7 @@ class GFlowGRTrainer(Trainer):
                 generator=generator,
                 later=self._later,
                 beyond=self.args.rollout_beyond,
+                epsilon=self.args.rollout_epsilon,
                 folder=self.args.output_dir,
                 advance=bar.update,
             )

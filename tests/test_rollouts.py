@@ -177,6 +177,33 @@ def test_whoever_has_had_the_whole_catalogue_repeats_by_the_scores_alone() -> No
         assert_follows(chosen, {(item,): probability for item, probability in enumerate(softmax)})
 
 
+def test_a_share_of_the_draws_is_any_item_that_the_history_lacks() -> None:
+    model, count = ByLastItem(5), 30_000
+    items = torch.tensor([[2, 0, -1]]).expand(count, -1)
+    value = torch.tensor([[1.0, 1.0, 0.0]]).expand(count, -1)
+    noted: list[Tensor] = []
+    rolled = roll_out(
+        model,
+        {"items": items, "value": value},
+        seeded(5),
+        among=2,
+        note=lambda rows, position, best, scores: noted.append(best),
+        beyond=1,
+        keep=torch.ones(count, dtype=torch.bool),
+        epsilon=0.5,
+    )
+    # Of five items two are known: three draws in ten are another, and the others stay the recommender's.
+    best = model.table[0].topk(2).indices.tolist()
+    unseen = [item for item in best if item not in (2, 0)]
+    weights = model.table[0][unseen].double().softmax(0).tolist()
+    expected = {
+        (item,): 0.1 + 0.7 * dict(zip(unseen, weights, strict=True)).get(item, 0) for item in (1, 3, 4)
+    }
+    assert_follows(Counter(zip(rolled["items"][:, 2].tolist(), strict=True)), expected)
+    assert len(noted) == 1 and bool((noted[0].sort(1).values == torch.tensor(sorted(best))).all())
+    assert bool((rolled["value"][:, 2] == 0).all())
+
+
 def test_an_item_barred_by_its_score_is_never_drawn() -> None:
     model = ByLastItem(6)
     model.table[:, 4] = -torch.inf
@@ -360,10 +387,11 @@ def test_rollouts_need_a_recommender(tmp_path: Path) -> None:
         fixtures.trainer(tmp_path, objective="sft", rollout_share=0.5)
 
 
+@pytest.mark.parametrize("name", ["rollout_share", "rollout_epsilon"])
 @pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
-def test_a_share_is_between_0_and_1(tmp_path: Path, share: float) -> None:
-    with pytest.raises(ValueError, match=r"rollout_share is .*, needs a number from 0 to 1"):
-        fixtures.config(tmp_path, rollout_share=share)
+def test_a_share_is_between_0_and_1(tmp_path: Path, share: float, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name} is .*, needs a number from 0 to 1"):
+        fixtures.config(tmp_path, **{name: share})
 
 
 def test_a_plan_fits_the_recommender_of_rollouts_for_whatever_objective() -> None:
@@ -639,6 +667,7 @@ def test_a_pool_that_has_no_room_says_what_takes_less(monkeypatch: pytest.Monkey
         {"max_steps": 3},
         {"rollout_reuse": 0},
         {"rollout_beyond": 0},
+        {"rollout_epsilon": 0.0},
         {"reward_candidates": 0},
     ],
     ids=str,

@@ -102,9 +102,10 @@ _BUDGET = ("num_train_epochs", "per_device_train_batch_size")
 
 
 def _within(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings in which histories end where they do, and the budget is that of SFT."""
+    """Settings in which histories end where they do, all draws are the teacher's, and the budget is SFT's."""
     budget = {name: SFT["training"][name] for name in _BUDGET if name in settings["training"]}
-    training = {name: value for name, value in settings["training"].items() if name != "rollout_beyond"}
+    newer = ("rollout_beyond", "rollout_epsilon")
+    training = {name: value for name, value in settings["training"].items() if name not in newer}
     return {**settings, "training": {**training, **budget}}
 
 
