@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from gflowgr.assembly import Plan
+from gflowgr.data import split
 from gflowgr.quality import cells, grids, tuning
 from gflowgr.quality.cells import Place
 from gflowgr.quality.data import DATA_SETS, DataSet
@@ -349,6 +350,14 @@ class TestTokenizers:
         resolved = data.load(place.data, place.work).semantic_ids
         assert resolved is not None and resolved.codes[:2].tolist() == [[0, 0, 0], [0, 0, 1]]
         assert data.tokenizer == "codes, extra-level" and TINY.tokenizer == "codes"
+
+    def test_a_rehearsal_asks_for_the_validation_items(self, place: Place) -> None:
+        rehearsal = replace(TINY, name="rehearsal", folder="tiny", left_out=1)
+        asked, real = (split(data.load(place.data, place.work).log) for data in (rehearsal, TINY))
+        assert torch.equal(asked.test.target, real.validation.target)
+        assert torch.equal(asked.test.history, real.validation.history)
+        # After an item that nobody was trained with.
+        assert len(asked.sequences.items) == len(real.sequences.items) - len(real.test)
 
     def test_our_own_codes_come_from_the_texts_of_the_items(self, place: Place) -> None:
         texts = [f"word{item % 5} word{item % 7} of {item % 3}" for item in range(ITEMS)]

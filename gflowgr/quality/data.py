@@ -31,6 +31,9 @@ class DataSet:
         folder: where its files are, by default in one of its name.
         collisions: whether items that share their codes stay together on one leaf ("multiplicity") or get one
             more code ("extra-level").
+        left_out: of each user's latest items, so many are gone. Without the last one a table's test items are
+            the validation items of the data set itself, after an item that nobody was trained with: where
+            settings can be compared that train on what validation asks.
     """
 
     name: str
@@ -40,6 +43,7 @@ class DataSet:
     t5_epochs: int
     folder: str = ""
     collisions: Literal["multiplicity", "extra-level"] = "multiplicity"
+    left_out: int = 0
 
     @property
     def tokenizer(self) -> str:
@@ -71,6 +75,8 @@ class DataSet:
         if not np.array_equal(log.item_ids, np.arange(len(codes))):
             raise ValueError(f"{folder}: needs items 0 .. {len(codes) - 1}, a row of {self.codes}.npy each")
         semantic_ids = SemanticIds(resolve_collisions(codes, self.collisions))
+        for _ in range(self.left_out):
+            log = log.without_last()
         names = [str(item) for item in log.item_ids]
         return DataFolder(folder, log, Items(log.item_ids, names, [None] * len(names)), semantic_ids)
 
@@ -94,6 +100,7 @@ DATA_SETS = {
     data.name: data
     for data in (
         _SCIENTIFIC,
+        replace(_SCIENTIFIC, name="scientific-rehearsal", folder="scientific", left_out=1),
         # The same log under other tokenizers.
         replace(_SCIENTIFIC, name="scientific-rqvae", codes="rqvae", folder="scientific"),
         replace(

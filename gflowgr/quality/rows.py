@@ -194,6 +194,9 @@ ROWS: dict[str, Row] = {
     ),
     "gflowgr-sasrec": Row("decoder", _FIRST, teacher="sasrec", grid=_FIRST_GRID),
     "gflowgr-within": Row("decoder", _within(GFLOWGR), teacher="mixture", like="gflowgr"),
+    "gflowgr-epsilon0": Row(
+        "decoder", merge(GFLOWGR, {"training": {"rollout_epsilon": 0.0}}), teacher="mixture", like="gflowgr"
+    ),
     "gflowgr": Row("decoder", GFLOWGR, teacher="mixture", grid=_GFLOWGR_GRID),
     "gflowgr-tb-n1": _paper(num_trajectories=1),
     "gflowgr-tb-n5": _paper(num_trajectories=5),

@@ -208,7 +208,7 @@ def verdict(tables: Sequence[Table]) -> Verdict:
     for table in tables:
         known = DATA_SETS.get(table.dataset)
         if known is not None and known.folder:
-            # The same log under another tokenizer is no further data set.
+            # The same log, shorter or under another tokenizer, is no further data set.
             continue
         line = table.line(SUBJECT)
         if line is not None and line.over_baseline is not None:
