@@ -198,6 +198,7 @@ ROWS: dict[str, Row] = {
         "decoder", merge(GFLOWGR, {"training": {"rollout_epsilon": 0.0}}), teacher="mixture", like="gflowgr"
     ),
     "gflowgr": Row("decoder", GFLOWGR, teacher="mixture", grid=_GFLOWGR_GRID),
+    "gflowgr-ensemble": Row("ensemble", start="gflowgr", teacher="mixture"),
     "gflowgr-tb-n1": _paper(num_trajectories=1),
     "gflowgr-tb-n5": _paper(num_trajectories=5),
     "gflowgr-tb-lambda0.02": _paper(gfn_weight=0.02),
