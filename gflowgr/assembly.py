@@ -112,7 +112,7 @@ class Plan:
             (rewarded and "collaborative" in reward["terms"])
             or (draws and "collaborative" in strategies)
             or config.rollout_share > 0
-            or config.rollout_beyond > 0
+            or (config.rollout_beyond > 0 and contexts != "windows")
         )
         scorer = section(settings, "collaborative")
         _check_collaborative(scorer)

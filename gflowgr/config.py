@@ -57,34 +57,38 @@ class GFlowGRConfig(TrainingArguments):
     )
     rollout_share: float = field(
         default=0.0,
-        metadata={"help": "Share of a step's histories with a latter part drawn from the recommender."},
+        metadata={
+            "help": "Share of histories, or of windows, of which the recommender draws the latter part, from "
+            "a random item on."
+        },
     )
     rollout_temperature: float = field(
         default=1.0,
-        metadata={"help": "What the recommender's scores are divided by before it draws such a part."},
+        metadata={"help": "What the recommender's scores are divided by before it draws an item."},
     )
     rollout_epsilon: float = field(
         default=0.0,
         metadata={
-            "help": "Share of drawn items that are any of the catalogue: users take much that no recommender "
-            "would have picked, and the policy is asked after it all the same. It counts for "
-            "whole histories, not for windows."
+            "help": "Share of drawn items that are any of the catalogue which the history lacks: users take "
+            "much that no recommender would have picked, and the policy is asked after it all the same. They "
+            "are for flow matching, which learns what comes after them; a loss on the drawn item would learn "
+            "to draw them, too. It counts for whole histories, not for windows."
         },
     )
     rollout_beyond: int = field(
         default=0,
         metadata={
             "help": "Items that the recommender draws after a user's last one: with 2 the policy is trained "
-            "where it will be asked, after all that it knows of a user and one item more. It counts for "
-            "whole histories, not for windows."
+            "where it will be asked, after all that it knows of a user and one item more. A row that is full "
+            "loses its oldest items for them. It counts for whole histories, not for windows."
         },
     )
     rollout_reuse: int = field(
         default=0,
         metadata={
-            "help": "How often a rollout of a whole history is used: all that a run needs are drawn at its "
-            "first step, among the items that can have a reward; 0 draws anew in every step from the whole "
-            "catalogue, as is always done for windows."
+            "help": "How often a rollout of a whole history is used on average: all that a run needs are "
+            "drawn at its first step, among the items that can have a reward; 0 draws anew in every step "
+            "from the whole catalogue, as is always done for windows."
         },
     )
     reward_candidates: int = field(

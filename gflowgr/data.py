@@ -286,7 +286,7 @@ class Histories(_TensorRows):
     value: Tensor
 
     def further(self, beyond: int) -> Tensor:
-        """(n,) int64: `beyond` for the latest row of each user, 0 where a further row goes on."""
+        """(n,) int64: `beyond` for the latest row of each user that is there, 0 for the others."""
         last = self.index.new_full((int(self.user.max()) + 1,), -1)
         last = last.scatter_reduce(0, self.user, self.index, "amax")
         return torch.where(self.index == last[self.user], beyond, 0)

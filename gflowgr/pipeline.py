@@ -63,6 +63,7 @@ _ONLY_RANKING = {
     "flows": "exact",
     "num_trajectories": 1,
     "rollout_share": 0.0,
+    "rollout_beyond": 0,
     "rollout_reuse": 0,
     "reward_candidates": 0,
     "eval_strategy": "no",

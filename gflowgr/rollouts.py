@@ -161,15 +161,16 @@ class RolloutPool:
     time a history comes up: a history has `copies` rollouts, and a context keeps the recommender's
     `candidates` best items with their scores, 8 bytes each, in a mapped file without a name.
 
-    A share of the rollouts begins somewhere within its history, the others keep all of it. Both go `beyond`
-    the user's last item, and where a row has no room for that its oldest items make some. A row that the
-    user's next row goes on with ends where it does: what came then is known.
+    A share of each history's rollouts begins after a random item of it, the others keep all of it. Both go
+    `beyond` the user's last item. Where a row has no room for that its oldest items make some, and are
+    targets of no rollout. A row that the user's next row goes on with ends where it does: what came then is
+    known.
 
     Args:
         model: the recommender; one that shares the work of growing histories saves most of it.
         histories: that training will ask for.
         copies: rollouts of each.
-        share: of the rollouts that begin within their history.
+        share: of the rollouts that begin at a random item; of each history's as near as its copies allow.
         candidates: best items kept of a context, which rollouts are drawn among, the target one of them
             unless it is any of the catalogue; 0 keeps none, and rollouts are drawn from the whole catalogue.
         temperature: of the draws, as `roll_out`'s.
@@ -222,15 +223,18 @@ class RolloutPool:
         self._candidates = _mapped(shape, np.int32, folder) if kept else None
         self._scores = _mapped(shape, np.float32, folder) if kept else None
         self._rows_at_once = max(1, min(_ROWS, LOGITS_PER_CHUNK // model.num_items))
+        # Spread over a history's copies, so that hardly any lacks one that keeps all of it.
+        offset = torch.rand(len(lengths), 1, generator=generator, device=generator.device).cpu()
+        steps = (torch.arange(1 + copies) * share + offset).floor()
+        self._keeps = (steps[:, 1:] == steps[:, :-1]).T
         for some in lengths.argsort(stable=True).split(self._rows_at_once):
-            self._fill(model, some, share, temperature, epsilon, generator)
+            self._fill(model, some, temperature, epsilon, generator)
             advance(len(some))
 
     def _fill(
         self,
         model: CollaborativeModel,
         rows: Tensor,
-        share: float,
         temperature: float,
         epsilon: float,
         generator: torch.Generator,
@@ -253,7 +257,7 @@ class RolloutPool:
                 self._keep(copy, begin[drawn.cpu()] + position - 1, items, scores)
 
             among = 0 if self._candidates is None else self._candidates.shape[2]
-            keep = torch.rand(len(rows), generator=generator, device=device) >= share
+            keep = self._keeps[copy, rows].to(device)
             rolled = roll_out(
                 model, part, generator, temperature, among, note, beyond.to(device), keep, epsilon
             )

@@ -317,7 +317,7 @@ class GFlowGRTrainer(Trainer):
         ), draw
 
     def _partly_rolled_out(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The batch with some of its histories, which ones is random, rolled out by the recommender."""
+        """The batch with the recommender going on: with some, which ones is random, from within already."""
         assert self.collaborative is not None
         index = inputs["index"]
         generator = self._generator(index.device, _ROLLOUTS, self.state.global_step)
@@ -367,7 +367,7 @@ class GFlowGRTrainer(Trainer):
         return order[: round(self.args.rollout_share * size)]
 
     def _from_pool(self, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor] | None]:
-        """The batch with some of its histories rolled out beforehand, and the best items of all contexts."""
+        """The batch with rollouts that were drawn beforehand, and the best items of all contexts."""
         if self._pool is None:
             self._pool = self._filled_pool()
         index, device = inputs["index"].cpu(), inputs["index"].device
@@ -389,6 +389,8 @@ class GFlowGRTrainer(Trainer):
         epochs = self.state.max_steps * self.args.gradient_accumulation_steps / batches
         # How often this process, which sees its share of the rows, sees one of them in the whole run.
         uses = epochs / self.args.world_size
+        # One from within and one that keeps all, where both are wanted.
+        fewest = 2 if 0 < self.args.rollout_share < 1 else 1
         quiet = self.args.disable_tqdm or not self.is_local_process_zero()
         with (
             tqdm(total=len(rows), desc="Rollouts", unit=" histories", disable=quiet) as bar,
@@ -397,7 +399,7 @@ class GFlowGRTrainer(Trainer):
             return RolloutPool(
                 self.collaborative,
                 rows,
-                copies=max(1, round(uses / self.args.rollout_reuse)),
+                copies=max(fewest, round(uses / self.args.rollout_reuse)),
                 share=self.args.rollout_share,
                 candidates=self.args.reward_candidates,
                 temperature=self.args.rollout_temperature,
@@ -529,7 +531,7 @@ class GFlowGRTrainer(Trainer):
             return "the model's logits are not finite though its parameters are"
         if batch.rewarded and not torch.isfinite(batch.log_z).all():
             return "the rewards of a context sum to 0 or overflow, so log Z is not finite (set a floor)"
-        if batch.rewarded and not torch.isfinite(batch.log_rewards).all():
+        if batch.rewarded and batch.candidates is None and not torch.isfinite(batch.log_rewards).all():
             return "a trajectory's reward is 0, so log R is -inf (set a floor)"
         if not torch.isfinite(batch.log_probs).all():
             return "a trajectory leaves the trie or has probability 0"
@@ -554,6 +556,7 @@ class GFlowGRTrainer(Trainer):
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._pool = None
+            self.__dict__.pop("_beyond", None)
 
     @property
     def _adaptive(self) -> AdaptiveWeights | None:
@@ -736,7 +739,8 @@ def _check_parts(
             f"needs num_trajectories={args.num_trajectories}"
         )
     for name in ("rollout_share", "rollout_beyond", "candidates"):
-        if getattr(args, name) and collaborative is None:
+        counts = whole or name != "rollout_beyond"
+        if getattr(args, name) and counts and collaborative is None:
             raise ValueError(f"collaborative is None, needs a recommender for {name}={getattr(args, name)}")
     if sampler is not None and isinstance(sampler.mixture, AdaptiveWeights) and reward_model is None:
         raise ValueError("reward_model is None, needs a RewardModel for a sampler that adapts to yields")

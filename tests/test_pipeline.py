@@ -24,6 +24,7 @@ from gflowgr.collaborative import ItemKNN, Mixture, SASRec, SASRecNetwork
 from gflowgr.folders import DataFolder, Items
 from gflowgr.generation import score_all
 from gflowgr.quality.run_users import load_run_users
+from gflowgr.recipes import OBJECTIVE
 from gflowgr.settings import merge, override, read_yaml, to_yaml
 from gflowgr.shared_prefixes import SharedPrefixes
 from gflowgr.trie import PrefixTrie
@@ -446,14 +447,25 @@ def test_a_run_that_was_cut_off_goes_on_as_if_nothing_had_happened(
             "reward.terms={interaction: {}, collaborative: {normalisation: unit}, similarity: {}}",
         ],
         ["collaborative={model: sasrec, hidden_size: 8, max_history: 6, epochs: 1, progress: false}"],
+        [f"training.{name}={value}" for name, value in OBJECTIVE["training"].items()]
+        + ["training.reward_candidates=3"],
     ],
-    ids=["sft", "t5", "lora with drawn trajectories", "the paper's tb", "sasrec on whole histories"],
+    ids=[
+        "sft",
+        "t5",
+        "lora with drawn trajectories",
+        "the paper's tb",
+        "sasrec on whole histories",
+        "recipe",
+    ],
 )
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_every_kind_of_run_trains(prepared: Path, tmp_path: Path, pairs: list[str]) -> None:
     settings = override(SMALL, [*pairs, "training.max_steps=2", "training.eval_steps=2"])
     run = pipeline.train(prepared, tmp_path / "run", settings)
     assert all(np.isfinite(entry["loss"]) for entry in run.history if "loss" in entry)
+    # NaN and infinity are no JSON.
+    json.loads((run.path / pipeline.LOG).read_text(), parse_constant=pytest.fail)
     assert pipeline.evaluate(run.path).summary() == pytest.approx(run.test.summary(), rel=1e-5, nan_ok=True)
 
 

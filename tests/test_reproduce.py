@@ -398,9 +398,11 @@ def test_the_settings_of_a_row_are_a_plan(name: str, place: Place) -> None:
 
 def test_rollouts_of_the_control_are_ours() -> None:
     ours, control = (ROWS[name].settings["training"] for name in ("gflowgr", "sft-rollouts"))
-    names = {name for name in ours if name.startswith("rollout")}
-    assert len(names) == 4 and all(control[name] == ours[name] for name in names)
-    assert control["reward_candidates"] == ours["reward_candidates"]
+    names = {name for name in ours if name.startswith("rollout")} - {"rollout_epsilon"}
+    names |= {"reward_candidates", "num_train_epochs", "per_device_train_batch_size"}
+    assert len(names) == 7 and all(control[name] == ours[name] for name in names)
+    # To the control a random item would be a target.
+    assert control["rollout_epsilon"] == 0 < ours["rollout_epsilon"]
 
 
 def test_ours_and_the_supervised_model_have_grids_of_one_size() -> None:

@@ -369,6 +369,7 @@ def test_evaluation_rolls_nothing_out(tmp_path: Path) -> None:
 def test_an_interrupted_run_goes_on_with_the_same_rollouts(tmp_path: Path, whole: bool, reuse: int) -> None:
     options = {"histories": whole, "rollout_share": 0.5, "save_strategy": "steps", "save_steps": 3}
     options |= {"rollout_reuse": reuse, "reward_candidates": 5 * reuse}
+    options |= {"rollout_beyond": 1, "rollout_epsilon": 0.3}
     through = fixtures.trainer(tmp_path / "through", max_steps=6, **options)
     through.train()
     resumed = fixtures.trainer(tmp_path / "through", max_steps=6, **options)
@@ -440,6 +441,7 @@ def histories_of(rows: list[list[int]], width: int, user: list[int] | None = Non
     st.integers(0, 2),
     st.integers(0, 2),
     st.sampled_from([0.0, 0.5, 1.0]),
+    st.sampled_from([0.0, 0.5]),
     st.data(),
 )
 def test_a_pool_holds_rollouts_and_what_the_model_says_of_each_context(
@@ -450,6 +452,7 @@ def test_a_pool_holds_rollouts_and_what_the_model_says_of_each_context(
     later: int,
     beyond: int,
     share: float,
+    epsilon: float,
     data: st.DataObject,
 ) -> None:
     later = min(later, max(0, kept - 1))
@@ -467,6 +470,7 @@ def test_a_pool_holds_rollouts_and_what_the_model_says_of_each_context(
         generator=seeded(seed),
         later=later,
         beyond=beyond,
+        epsilon=epsilon,
     )
     index = torch.arange(len(rows)).flip(0)
     further = torch.tensor([beyond * (user[row] not in user[row + 1 :]) for row in index.tolist()])
@@ -474,6 +478,7 @@ def test_a_pool_holds_rollouts_and_what_the_model_says_of_each_context(
     original, worth = make_room(whole, further).values()
     before = (original >= 0).sum(1)
     length = (before + further).clamp(max=num_items)
+    times_whole = torch.zeros(len(rows))
     for number in range(copies):
         copy = torch.full_like(index, number)
         found = pool.histories(index, copy, num_items)
@@ -481,8 +486,7 @@ def test_a_pool_holds_rollouts_and_what_the_model_says_of_each_context(
         assert torch.equal(found["items"][~drawn], original[~drawn])
         assert torch.equal(found["value"][~drawn], worth[~drawn])
         assert torch.equal((found["items"] >= 0).sum(1), length)
-        if share == 0:
-            assert torch.equal(drawn.sum(1), length - before)
+        times_whole += drawn.sum(1) == length - before
         if share == 1:
             assert torch.equal(drawn.any(1), (before > 1) | (length > before))
         known = pool.candidates(index, copy)
@@ -493,13 +497,16 @@ def test_a_pool_holds_rollouts_and_what_the_model_says_of_each_context(
         assert known is not None and len(known[0]) == len(place)
         for (row, at), items, scores in zip(place, *known, strict=True):
             past, target = found["items"][row, : at + 1], found["items"][row, at + 1]
-            assert target in items
-            # Later items of the history itself; what was drawn is no user's.
+            # Later items of the history itself; what was drawn is no user's, and may be none of the best.
             drawn_here = found["value"][row, at + 1] == 0
-            ahead = target[None] if drawn_here else original[row, at + 1 : at + 2 + later]
+            assert target in items or (drawn_here and epsilon > 0)
+            best = model.scores(past[None]).topk(min(kept, num_items)).indices[0, :1]
+            ahead = best if drawn_here else original[row, at + 1 : at + 2 + later]
             expected = best_items(model.scores(past[None]), ahead[None], kept)
             assert torch.equal(torch.sort(items).values, torch.sort(expected[0][0]).values)
             assert torch.equal(scores, model.table[past[-1]][items])
+    # Of two copies one keeps all, of three one or two do, and some that begin later keep all by chance.
+    assert bool((times_whole >= copies - math.ceil(copies * share)).all())
 
 
 @pytest.mark.parametrize("among", [2, 3, 9])
@@ -524,6 +531,39 @@ def test_draws_among_the_best_follow_their_softmax(among: int) -> None:
     assert_follows(drawn, dict(zip(unseen, weights, strict=True)))
 
 
+@pytest.mark.parametrize("reuse", [0, 2], ids=["anew", "pool"])
+def test_a_step_has_the_share_of_rollouts_and_of_random_items(tmp_path: Path, reuse: int) -> None:
+    run = fixtures.trainer(
+        tmp_path,
+        histories=True,
+        rollout_share=0.5,
+        rollout_reuse=reuse,
+        rollout_beyond=1,
+        rollout_epsilon=0.4,
+        reward_candidates=3,
+    )
+    # Its choice is known: the eleventh item on, which no history here has.
+    run.collaborative = ByLastItem(fixtures.NUM_ITEMS)
+    run.collaborative.table = 100 * torch.eye(fixtures.NUM_ITEMS).roll(11, 1)
+    run.policy.train()
+    run.state.max_steps = 240
+    inputs = {name: column[:40] for name, column in vars(run.train_dataset).items()}
+    length = (inputs["items"] >= 0).sum(1)
+    room = length < inputs["items"].shape[1]
+    earlier, chosen = [], []
+    for run.state.global_step in range(60):
+        rolled = (run._from_pool(inputs)[0] if reuse else run._partly_rolled_out(inputs))["items"][room]
+        real, end = inputs["items"][room], length[room, None]
+        keeps = ((rolled == real) | (real < 0)).all(1)
+        earlier.append(~keeps)
+        before, drawn = rolled.gather(1, end - 1)[keeps, 0], rolled.gather(1, end)[keeps, 0]
+        chosen.append(drawn == (before + 11) % fixtures.NUM_ITEMS)
+    # One in three to six of those that begin at a random item keeps all of them by chance.
+    assert 0.3 < torch.cat(earlier).float().mean() < 0.45
+    # A random item may be the choice as well, or one of the history, in whose place the choice stays.
+    assert 0.6 < torch.cat(chosen).float().mean() < 0.72
+
+
 def test_a_run_draws_the_rollouts_that_it_will_use(tmp_path: Path) -> None:
     run = fixtures.trainer(tmp_path, histories=True, rollout_share=0.5, rollout_reuse=2, max_steps=10)
     run.train()
@@ -531,7 +571,7 @@ def test_a_run_draws_the_rollouts_that_it_will_use(tmp_path: Path) -> None:
     # Afterwards its file is gone.
     assert run._pool is None
     # An epoch has 3 steps.
-    for reuse, steps, accumulation, copies in ((1, 30, 1, 10), (2, 24, 1, 4), (1, 6, 4, 8), (100, 3, 1, 1)):
+    for reuse, steps, accumulation, copies in ((1, 30, 1, 10), (2, 24, 1, 4), (1, 6, 4, 8), (100, 3, 1, 2)):
         run = fixtures.trainer(
             tmp_path,
             histories=True,
@@ -663,6 +703,8 @@ def test_a_pool_that_has_no_room_says_what_takes_less(monkeypatch: pytest.Monkey
         {"rollout_share": 0.0},
         {"objective": "tb", "num_trajectories": 4},
         {"objective": "sft", "rollout_share": 0.0, "rollout_beyond": 0},
+        {"rollout_share": 0.0, "reward_candidates": 4},
+        {"reward_candidates": 4},
         {"num_trajectories": 4},
         {"max_steps": 3},
         {"rollout_reuse": 0},
@@ -683,7 +725,9 @@ def test_any_setting_of_the_recipe_can_be_changed_alone(
         tmp_path, histories=whole and "num_trajectories" not in changes, **{"max_steps": 2, **training}
     )
     run.train()
-    assert all(map(math.isfinite, fixtures.losses(run)))
+    assert len(fixtures.losses(run)) == run.state.max_steps
+    figures = [value for entry in run.state.log_history for value in entry.values()]
+    assert all(map(math.isfinite, figures)), run.state.log_history
 
 
 def test_candidates_without_a_pool_are_chosen_in_every_step(tmp_path: Path) -> None:

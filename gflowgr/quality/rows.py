@@ -124,6 +124,8 @@ _ROLLOUTS = {
     for name, value in GFLOWGR["training"].items()
     if name.startswith("rollout") or name == "reward_candidates" or name in _BUDGET
 }
+# Here a drawn item is a target, which any of the catalogue would only spoil.
+_ROLLOUTS["rollout_epsilon"] = 0.0
 # The recipe's first form: a SASRec alone as teacher, and rollouts that end where the history does.
 _FIRST_REWARD = {
     "fusion": "mixture",
