@@ -208,7 +208,8 @@ def diagnostics(batch: TrajectoryBatch) -> dict[str, float]:
         figures["log_z"] = float(log_z.mean())
         # An item that no candidate shares its leaf with has no reward.
         residuals = batch.squared_residuals[batch.log_rewards > -torch.inf]
-        figures["residual"] = float(residuals.mean()) if len(residuals) else 0.0
+        if len(residuals):
+            figures["residual"] = float(residuals.mean())
         found = torch.logsumexp(batch.log_rewards.masked_fill(batch.repeated, -torch.inf), -1) - log_z
         figures["reward_mass_found"] = float(found.exp().mean())
     if batch.learned_log_flows is not None:
