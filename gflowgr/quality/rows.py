@@ -146,6 +146,12 @@ ROWS: dict[str, Row] = {
     "sasrec": _scorer("sasrec"),
     "mixture": Row("mixture", {"collaborative": {"model": "mixture"}}, start="item-knn", teacher="sasrec"),
     "sft": Row("decoder", SFT, grid=_SFT_GRID),
+    # Whether it was given too few steps.
+    "sft-longer": Row(
+        "decoder",
+        merge(SFT, {"training": {"num_train_epochs": 2 * SFT["training"]["num_train_epochs"]}}),
+        like="sft",
+    ),
     "sft-continued": _further("sft"),
     "sft-smoothed": Row(
         "decoder",
