@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 
+from gflowgr.adaptive import WeightSchedule
 from gflowgr.quality.figures import ABLATIONS, ablations, overview, write_figures
-from gflowgr.quality.results import Cell
+from gflowgr.quality.results import SCHEDULES, Cell
 from gflowgr.quality.rows import ROWS
 from gflowgr.quality.table import make_table, read_tables
 from gflowgr.quality.table_text import BEGIN, END, NOTE, markdown, rewrite
@@ -81,12 +82,16 @@ def test_nothing_is_drawn_of_ablations_that_were_not_run() -> None:
 def test_the_files_are_the_same_for_the_same_results(tmp_path: Path) -> None:
     for row, rank in (("sft", 3), ("sft-continued", 4), ("gflowgr-tb", 1), ("gflowgr-tb-n1", 2)):
         cell_of(row, rank).save(tmp_path / "results" / "toys")
+    schedule = tmp_path / "results" / "toys" / SCHEDULES / "gflowgr-tb-adaptive-0.json"
+    schedule.parent.mkdir()
+    WeightSchedule(["policy", "random"], [[0.5, 0.5], [0.4, 0.6]]).save(schedule)
     tables = read_tables(tmp_path / "results")
     first, second = tmp_path / "first", tmp_path / "second"
     for folder in (first, second):
         folder.mkdir()
         written = write_figures(tables, tmp_path / "results", folder)
-        assert [path.name for path in written] == ["quality-toys.svg", "ablations-toys.svg"]
+        names = ["quality-toys.svg", "ablations-toys.svg", "schedule-toys-gflowgr-tb-adaptive-0.svg"]
+        assert [path.name for path in written] == names
     for path in first.iterdir():
         assert path.read_bytes() == (second / path.name).read_bytes()
         assert ElementTree.fromstring(path.read_bytes()).tag.endswith("svg")

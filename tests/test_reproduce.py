@@ -17,6 +17,7 @@ import pandas
 import pytest
 import torch
 
+from gflowgr.adaptive import WeightSchedule
 from gflowgr.assembly import Plan
 from gflowgr.data import split
 from gflowgr.quality import cells, grids, tuning
@@ -106,6 +107,12 @@ class TestCells:
     @pytest.mark.parametrize("row", [name for name in ROWS if name not in KINDS])
     def test_every_other_row_runs(self, place: Place, row: str) -> None:
         run(place, *before(row), row)
+
+    def test_weights_that_adapt_are_kept_of_every_step(self, place: Place) -> None:
+        run(place, *before("gflowgr-tb-adaptive"), "gflowgr-tb-adaptive")
+        schedule = WeightSchedule.load(place.schedule("tiny", "gflowgr-tb-adaptive", 0))
+        assert set(schedule.strategies) == {"collaborative", "policy", "random"}
+        assert len(schedule.rows) == TINY.extra_steps + 1  # and those of a step to come
 
     def test_the_budget_counts_what_it_is_built_on(self, place: Place) -> None:
         run(place, "sft", "sft-continued")

@@ -22,7 +22,7 @@ from gflowgr.folders import DataFolder, remove
 from gflowgr.metrics import Metrics, ranking_metrics
 from gflowgr.quality.data import DataSet
 from gflowgr.quality.grids import chosen_settings, grid_of
-from gflowgr.quality.results import Cell, save_users
+from gflowgr.quality.results import SCHEDULES, Cell, save_users
 from gflowgr.quality.rows import ROWS
 from gflowgr.recipes import SFT
 from gflowgr.settings import merge
@@ -79,6 +79,10 @@ class Place:
 
     def result(self, data_set: str, row: str, seed: int) -> Path:
         return self.results / data_set / f"{row}-{seed}.json"
+
+    def schedule(self, data_set: str, row: str, seed: int) -> Path:
+        """Of a sampler that adapts: its weights in each step."""
+        return self.results / data_set / SCHEDULES / f"{row}-{seed}.json"
 
 
 def settings_of(row_name: str, data_set: DataSet, seed: int, place: Place) -> dict[str, Any]:
@@ -252,6 +256,10 @@ def _run_model(
     fitted = pipeline.fit(folder, settings, partial, resume=resume, callbacks=[clock])
     trainer, parts = fitted.trainer, fitted.parts
     trainer.policy.recommender.save_pretrained(target / pipeline.CHECKPOINT)
+    if trainer.sampler is not None and trainer.sampler.mixture is not None:
+        schedule = place.schedule(data_set.name, row, seed)
+        schedule.parent.mkdir(parents=True, exist_ok=True)
+        trainer.sampler.mixture.save(schedule)
     rows = trainer.train_dataset
     steps = trainer.state.max_steps
     contexts_a_row = 1.0

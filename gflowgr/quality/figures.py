@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gflowgr.adaptive import WeightSchedule
+from gflowgr.folders import write_text
 from gflowgr.page import ACCENT, GREY, PLAIN, axes_side_by_side, blank_axes, metric_name, name_rows, svg
 from gflowgr.quality.pairing import paired_difference
-from gflowgr.quality.results import Cell, load_cells
+from gflowgr.quality.results import SCHEDULES, Cell, load_cells
 from gflowgr.quality.table import DECIDING, SUBJECT, Spread, Table
+from gflowgr.report import chart_svg
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,7 +41,8 @@ SHOWN = (DECIDING, "coverage@10")
 
 
 def write_figures(tables: Sequence[Table], results: Path, folder: Path) -> list[Path]:
-    """Writes `quality-<dataset>.svg`, and `ablations-<dataset>.svg` where there are ablations."""
+    """Writes `quality-<dataset>.svg`, and where there are ablations or samplers that adapt,
+    `ablations-<dataset>.svg` and `schedule-<dataset>-<row>-<seed>.svg`."""
     written = []
     for table in tables:
         cells = load_cells(results / table.dataset)
@@ -48,6 +52,10 @@ def write_figures(tables: Sequence[Table], results: Path, folder: Path) -> list[
                 path = folder / f"{kind}-{table.dataset}.svg"
                 path.write_bytes(svg(figure))
                 written.append(path)
+        for schedule in sorted((results / table.dataset / SCHEDULES).glob("*.json")):
+            path = folder / f"schedule-{table.dataset}-{schedule.stem}.svg"
+            write_text(path, chart_svg(WeightSchedule.load(schedule).chart()))
+            written.append(path)
     return written
 
 

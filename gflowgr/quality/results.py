@@ -19,6 +19,8 @@ from gflowgr.folders import write_text, written
 
 FORMAT = "gflowgr.quality/1"
 USERS = "users.npz"
+# Beside the cells: the weights of samplers that adapt, as `gflowgr.adaptive.WeightSchedule` writes them.
+SCHEDULES = "schedules"
 # The lists that the ranks are places in.
 PLACES = 10
 # A sum of a million float64 gains is off by less, and one user's rank moved by one place in ten by more.
