@@ -318,6 +318,7 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("run_folder", metavar="run", help="a folder that 'gflowgr train' made")
     parser.add_argument("--data", metavar="FOLDER", help="the data folder (the one it was trained on)")
     parser.add_argument("--part", choices=("validation", "test"), default="test", help="(%(default)s)")
+    _add_teacher_weight(parser)
     parser.add_argument("--output", metavar="FILE.json", help="also write the metrics there")
     parser.add_argument(
         "overrides",
@@ -339,6 +340,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         arguments.data,
         part=arguments.part,
         output=arguments.output,
+        teacher_weight=arguments.teacher_weight,
         **section(settings, "training"),
     )
     _print_metrics(metrics)
@@ -375,7 +377,19 @@ def _add_recommend(commands: Any) -> None:
     parser.add_argument(
         "--exclude", nargs="+", default=[], metavar="item", help="ids or titles of what not to recommend"
     )
+    _add_teacher_weight(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_teacher_weight(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--teacher-weight",
+        type=float,
+        default=0.0,
+        metavar="WEIGHT",
+        help="weight of the recommender that the run learned from, in a ranking of both together, such as .5 "
+        "(0, the model alone)",
+    )
 
 
 def _recommend(arguments: argparse.Namespace) -> None:
@@ -389,6 +403,7 @@ def _recommend(arguments: argparse.Namespace) -> None:
         num_beams=arguments.beams,
         exclude_history=not arguments.repeat,
         exclude=arguments.exclude,
+        teacher_weight=arguments.teacher_weight,
     )
     if arguments.json:
         rows = [vars(row) for row in recommended]

@@ -71,9 +71,13 @@ class ExamplesLike(Protocol):
 
 
 class Recommender(ABC):
-    """A fitted recommender that scores the whole catalogue and can be saved."""
+    """A fitted recommender that scores the whole catalogue and can be saved.
+
+    `is_distribution`: whether a softmax of the scores is what it takes for the next item's probability.
+    """
 
     name: ClassVar[str]
+    is_distribution: ClassVar[bool] = False
     num_items: int
     rows_per_batch: ClassVar[int] = 1024
 
@@ -146,6 +150,7 @@ class Popularity(Recommender):
     """
 
     name = "popularity"
+    is_distribution = True
 
     def __init__(self, counts: Tensor) -> None:
         self.num_items = counts.shape[0]
@@ -349,6 +354,7 @@ class SASRec(Recommender):
     """
 
     name = "sasrec"
+    is_distribution = True
     rows_per_batch = 256
 
     def __init__(self, network: SASRecNetwork) -> None:
@@ -611,6 +617,7 @@ class Mixture(Recommender):
     """
 
     name = "mixture"
+    is_distribution = True
     rows_per_batch = SASRec.rows_per_batch
 
     def __init__(

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from gflowgr.adaptive import WeightSchedule
     from gflowgr.assembly import Plan
     from gflowgr.backbones import GenerativeRecommender
-    from gflowgr.collaborative import CollaborativeModel
+    from gflowgr.collaborative import CollaborativeModel, Recommender
     from gflowgr.config import GFlowGRConfig
     from gflowgr.data import Split
     from gflowgr.metrics import Metrics
@@ -531,6 +531,7 @@ def evaluate(
     *,
     part: Literal["validation", "test"] = "test",
     output: PathLike | None = None,
+    teacher_weight: float = 0.0,
     **training: Any,
 ) -> Metrics:
     """Ranks the whole catalogue for each user of a part and measures the lists.
@@ -540,11 +541,14 @@ def evaluate(
         data: the data folder, by default the one it was trained on.
         part: "validation" or "test".
         output: where to write the metrics with their confidence intervals as JSON; by default nowhere.
+        teacher_weight: of the recommender that the run learned from, which ranks together with its model (see
+            `gflowgr.ensemble`), from 0, the model alone, to 1.
         training: changes of the run's training settings, such as `eval_num_beams` or `exclude_history`.
 
     Raises:
-        FileNotFoundError: no run, or no data.
-        ValueError: the data have another trie than the run, or a setting does not exist.
+        FileNotFoundError: no run, no data, or no teacher where it is asked.
+        ValueError: the data have another trie than the run, a setting does not exist, or the teacher cannot
+            rank together with the model.
     """
     from gflowgr.assembly import Plan
     from gflowgr.backbones import GenerativeRecommender
@@ -560,7 +564,23 @@ def evaluate(
     folder = DataFolder.load(settings["data"] if data is None else data, tokenized=True)
     recommender = GenerativeRecommender.load(path / CHECKPOINT, folder.semantic_ids)
     trainer = GFlowGRTrainer(recommender, plan.config(path), None)
-    metrics = trainer.rank(getattr(plan.divide(folder.log), part))
+    examples = getattr(plan.divide(folder.log), part)
+    if teacher_weight == 0:
+        metrics = trainer.rank(examples)
+    else:
+        from gflowgr.ensemble import rank_together
+
+        args = trainer.args
+        metrics = rank_together(
+            recommender,
+            _teacher_of(path, args.device),
+            examples,
+            teacher_weight=teacher_weight,
+            num_items=args.eval_num_items,
+            num_beams=args.eval_num_beams,
+            exclude_history=args.exclude_history,
+            batch_size=args.per_device_eval_batch_size,
+        )
     if output is not None:
         write_text(output, json.dumps({"part": part, **metrics.to_dict()}, indent=1))
     return metrics
@@ -568,7 +588,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Recommendation:
-    """An item for a user: its own id, its title, and the model's probability that it comes next."""
+    """An item for a user: its own id, its title, and the probability that it comes next."""
 
     item_id: str
     title: str
@@ -583,6 +603,7 @@ def recommend(
     num_beams: int | None = None,
     exclude_history: bool = True,
     exclude: Sequence[Any] = (),
+    teacher_weight: float = 0.0,
 ) -> tuple[list[str], list[Recommendation]]:
     """What a run's model recommends to someone who had these items.
 
@@ -593,13 +614,14 @@ def recommend(
         num_beams: width of the search, by default that of `gflowgr.generation.generate`.
         exclude_history: whether to leave the history's own items out.
         exclude: what else to leave out; ids or titles, as in `history`. Probabilities are over the rest.
+        teacher_weight: of the recommender that the run learned from, as for `evaluate`.
 
     Returns:
         The titles that `history` was understood as, and the recommendations, best first.
 
     Raises:
-        FileNotFoundError: no run.
-        ValueError: an item that the catalogue lacks, or several fit it.
+        FileNotFoundError: no run, or no teacher where it is asked.
+        ValueError: an item that the catalogue lacks, or several fit it; or as `evaluate`.
     """
     from gflowgr.backbones import GenerativeRecommender
     from gflowgr.generation import generate
@@ -610,20 +632,39 @@ def recommend(
         raise ValueError("history needs at least one item, got none")
     found = items.find(history)
     recommender = GenerativeRecommender.load(path / CHECKPOINT).eval()
-    generated = generate(
-        recommender,
-        torch.tensor([found]),
-        num_items=num_items,
-        num_beams=num_beams,
-        exclude=[items.find(exclude)] if exclude else None,
-        exclude_history=exclude_history,
-    )
+    options: dict[str, Any] = {
+        "num_items": num_items,
+        "num_beams": num_beams,
+        "exclude": [items.find(exclude)] if exclude else None,
+        "exclude_history": exclude_history,
+    }
+    if teacher_weight == 0:
+        generated = generate(recommender, torch.tensor([found]), **options)
+    else:
+        from gflowgr.ensemble import generate_together
+
+        generated = generate_together(
+            recommender,
+            _teacher_of(path, recommender.device),
+            torch.tensor([found]),
+            teacher_weight=teacher_weight,
+            **options,
+        )
     recommendations = [
         Recommendation(str(items.ids[item]), items.titles[item], math.exp(log_prob))
         for item, log_prob in zip(generated.items[0].tolist(), generated.log_probs[0].tolist(), strict=True)
         if item >= 0
     ]
     return [items.titles[item] for item in found], recommendations
+
+
+def _teacher_of(run: Path, device: torch.device) -> Recommender:
+    from gflowgr import collaborative
+
+    if not (run / COLLABORATIVE).is_file():
+        raise FileNotFoundError(f"{run} has no {COLLABORATIVE}: it learned from no other recommender")
+    teacher = collaborative.load(run / COLLABORATIVE)
+    return teacher.to(device) if isinstance(teacher, collaborative.TRAINED) else teacher
 
 
 def _run_folder(run: PathLike) -> Path:

@@ -156,6 +156,14 @@ def test_evaluate_takes_training_settings_alone(folder: Path, capsys: pytest.Cap
     assert "model" in error_of(capsys, "evaluate", run, "model.layers=2")
 
 
+def test_a_run_that_learned_from_no_other_has_no_teacher(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = str(folder / "run")
+    for command in (("evaluate", run), ("recommend", run, "10")):
+        assert "learned from no other" in error_of(capsys, *command, "--teacher-weight", "0.5")
+
+
 def test_recommend_prints_titles(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = str(folder / "run")
     text = output_of(capsys, "recommend", run, "the river no. 4", "10", "--count", "3")

@@ -20,7 +20,7 @@ from gflowgr import pipeline
 from gflowgr.adaptive import WeightSchedule
 from gflowgr.assembly import SECTIONS, Plan
 from gflowgr.backbones import GenerativeRecommender
-from gflowgr.collaborative import ItemKNN, Mixture, SASRec, SASRecNetwork
+from gflowgr.collaborative import ItemKNN, Mixture, Popularity, SASRec, SASRecNetwork
 from gflowgr.folders import DataFolder, Items
 from gflowgr.generation import score_all
 from gflowgr.quality.run_users import load_run_users
@@ -329,6 +329,35 @@ def test_recommendations_are_the_most_probable_items(trained: pipeline.TrainedRu
     )
     rest = {str(items.ids[item]) for item in range(NUM_ITEMS) if item not in (3, 8, 13, 11)}
     assert {row.item_id for row in without} == rest
+
+
+def test_the_teacher_ranks_beside_the_model(trained: pipeline.TrainedRun, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="item-knn, whose scores are no distribution"):
+        pipeline.evaluate(trained.path, teacher_weight=0.5)
+    run = tmp_path / "run"
+    shutil.copytree(trained.path, run)
+    (run / pipeline.COLLABORATIVE).unlink()
+    with pytest.raises(FileNotFoundError, match="learned from no other recommender"):
+        pipeline.recommend(run, ["no. 3"], teacher_weight=0.5)
+
+    counts = torch.arange(NUM_ITEMS) ** 3
+    teacher = Popularity(counts)
+    teacher.save(run / pipeline.COLLABORATIVE)
+    items = Items.load(run / "items.parquet")
+    _, popular = pipeline.recommend(run, ["no. 23"], num_items=3, teacher_weight=1.0)
+    assert [row.item_id for row in popular] == [str(items.ids[item]) for item in (22, 21, 20)]
+    model = GenerativeRecommender.load(run / "checkpoint").eval()
+    history = torch.tensor([[3, 8]])
+    ours = score_all(model, history, exclude_history=True)[0].exp()
+    theirs = teacher.scores(history)[0].masked_fill(ours == 0, -torch.inf).softmax(0)
+    _, both = pipeline.recommend(run, ["no. 3", "no. 8"], num_items=NUM_ITEMS, teacher_weight=0.25)
+    expected = (0.75 * ours + 0.25 * theirs).sort(descending=True).values[: NUM_ITEMS - 2]
+    assert [row.probability for row in both] == pytest.approx(expected.tolist(), rel=1e-4)
+
+    alone = pipeline.evaluate(run, teacher_weight=1.0, exclude_history=True).summary()
+    assert alone["coverage@10"] <= 16 / NUM_ITEMS  # the ten most popular but for six of one's own
+    half = pipeline.evaluate(run, teacher_weight=0.5, eval_num_items=3).summary()
+    assert set(half) == set(pipeline.evaluate(run, eval_num_items=3).summary())
 
 
 @pytest.mark.parametrize(

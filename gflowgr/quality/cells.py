@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from torch import Tensor
 
-from gflowgr import collaborative, generation, ops, pipeline
+from gflowgr import collaborative, pipeline
 from gflowgr.backbones import GenerativeRecommender
 from gflowgr.bench.table import machine
 from gflowgr.collaborative import Recommender
 from gflowgr.data import Examples, Split, split
+from gflowgr.ensemble import rank_together
 from gflowgr.folders import DataFolder, remove
 from gflowgr.metrics import Metrics, ranking_metrics
 from gflowgr.quality.data import DataSet
@@ -206,13 +206,12 @@ def _rank_scores(model: Recommender, part: Examples, folder: DataFolder) -> Metr
         scores = model.scores(part.history[rows])
         best.append(scores.topk(PLACES).indices)
         of_target.append(scores.log_softmax(1).gather(1, part.target[rows, None])[:, 0])
-    is_distribution = model.name in ("popularity", "sasrec", "mixture")
     return ranking_metrics(
         torch.cat(best),
         part.target,
         num_items=model.num_items,
         codes=folder.semantic_ids.codes,
-        target_log_probs=torch.cat(of_target) if is_distribution else None,
+        target_log_probs=torch.cat(of_target) if model.is_distribution else None,
     )
 
 
@@ -287,35 +286,11 @@ def _run_ensemble(
     if isinstance(scorer, collaborative.TRAINED):
         scorer.to(device())
     parts = split(folder.log, max_history=MAX_HISTORY)
-    return _Measured(
-        parts,
-        _rank_mixture(recommender, scorer, parts.validation, folder),
-        _rank_mixture(recommender, scorer, parts.test, folder),
+    validation, test = (
+        rank_together(recommender, scorer, part, num_items=PLACES, num_beams=_CANDIDATES, batch_size=256)
+        for part in (parts.validation, parts.test)
     )
-
-
-@torch.no_grad()
-def _rank_mixture(
-    recommender: GenerativeRecommender, scorer: Recommender, part: Examples, folder: DataFolder
-) -> Metrics:
-    """Ranks by the mean of both probabilities, among the best items of either."""
-    lists: list[Tensor] = []
-    for rows in torch.arange(len(part)).split(256):
-        history = part.history[rows].to(device())
-        probability = scorer.scores(history).softmax(1)
-        written = generation.generate(recommender, history, num_items=_CANDIDATES).items
-        candidates = torch.cat([probability.topk(_CANDIDATES).indices, written], 1)
-        tokens = recommender.tokens(candidates)
-        policy = recommender(history, candidates)
-        log_probs = ops.trie_token_log_probs(policy.logits, tokens, recommender.trie).sum(-1)
-        mixed = 0.5 * probability.gather(1, candidates) + 0.5 * log_probs.exp()
-        twice = (candidates[:, :, None] == candidates[:, None, :]).tril(-1).any(2)
-        best = mixed.masked_fill(twice, -1.0).topk(PLACES).indices
-        lists.append(candidates.gather(1, best).cpu())
-    assert folder.semantic_ids is not None
-    return ranking_metrics(
-        torch.cat(lists), part.target, num_items=scorer.num_items, codes=folder.semantic_ids.codes
-    )
+    return _Measured(parts, validation, test)
 
 
 def _cell(
