@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments[:1] == ["bench"]:
             return _bench(arguments[1:])
-        parsed = build_parser().parse_args(arguments)
+        parsed = _parse(arguments)
         return parsed.run(parsed) or 0
     except KeyboardInterrupt:
         print("gflowgr: interrupted", file=sys.stderr)
@@ -49,6 +49,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"gflowgr: error: {_one_line(str(error)) or type(error).__name__}", file=sys.stderr)
         return 2
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Takes settings behind options, too, which argparse would not where a run stands before them."""
+    parser = build_parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    unknown = [word for word in rest if word.startswith("-") or not hasattr(parsed, "overrides")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        parsed.overrides += rest
+    return parsed
 
 
 def build_parser() -> argparse.ArgumentParser:

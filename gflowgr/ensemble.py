@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -18,6 +19,10 @@ from gflowgr.decoding import evaluating
 from gflowgr.generation import Generated, generate, target_log_probs
 from gflowgr.metrics import Metrics, ranking_metrics
 from gflowgr.ops._checks import at_least
+from gflowgr.trie import PrefixTrie
+
+# Items whose logits are there at a time, each of as many rows as it has tokens.
+_ITEMS_AT_ONCE = 512
 
 
 @torch.no_grad()
@@ -36,8 +41,8 @@ def generate_together(
 ) -> Generated:
     """The items of the highest `(1 - w) P_F(item | history) + w P_C(item | history)`, best first.
 
-    P_F is the generative recommender's policy, P_C the softmax of the teacher's scores. The `num_beams` best
-    items of either are looked at, with both probabilities exact; with all items as beams the lists are exact.
+    P_F is the generative recommender's policy, of which items with the same tokens have equal parts; P_C is
+    the softmax of the teacher's scores. Of the `num_beams` best items of either both are known.
 
     Args:
         recommender: left in the mode it was in.
@@ -49,7 +54,7 @@ def generate_together(
         num_beams: at least k, by default max(20, k).
         exclude, exclude_history: what a context must not get, as in `generate`; both probabilities are over
             the rest.
-        batch_size: contexts at a time.
+        batch_size: contexts at a time; fewer where there are many beams.
         progress: show bars.
 
     Returns:
@@ -60,7 +65,9 @@ def generate_together(
         TypeError, ValueError: an argument cannot serve, or the two are of different catalogues.
     """
     num_items = at_least("num_items", num_items, 1)
-    num_beams = max(20, num_items) if num_beams is None else at_least("num_beams", num_beams, num_items)
+    num_beams = max(20, num_items) if num_beams is None else at_least("num_beams", num_beams, 1)
+    if num_beams < num_items:
+        raise ValueError(f"num_beams is {num_beams}, needs at least num_items, {num_items}")
     _check(recommender, teacher, teacher_weight)
     written = generate(
         recommender,
@@ -71,38 +78,42 @@ def generate_together(
         exclude_history=exclude_history,
         batch_size=batch_size,
         progress=progress,
-    ).items
+    )
     contexts = Contexts(recommender, history, None)
-    item_filter = contexts.item_filter(exclude, None, exclude_history)
+    trie, item_filter = contexts.trie, contexts.item_filter(exclude, None, exclude_history)
     items = torch.full((len(contexts), num_items), -1, device=history.device)
-    log_probs = torch.full(items.shape, -torch.inf, device=history.device)
-    everything = torch.arange(teacher.num_items, device=recommender.device)
+    log_probs = torch.full(items.shape, -torch.inf, dtype=contexts.dtype, device=history.device)
+    everything = torch.arange(trie.num_items, device=trie.device)
+    batch_size = min(batch_size, max(1, _ITEMS_AT_ONCE // num_beams))
     with evaluating(recommender):
         for rows in contexts.batches(batch_size, "rank", progress):
             rows = rows.to(history.device)
-            here = history[rows].to(recommender.device)
-            chosen = None if item_filter is None else item_filter.select(rows.to(recommender.device))
-            scores = teacher.scores(here)
+            here = history[rows].to(trie.device)
+            chosen = None if item_filter is None else item_filter.select(rows.to(trie.device))
+            scores = teacher.scores(here).to(contexts.dtype)
+            hidden = torch.zeros_like(scores, dtype=torch.bool)
             if chosen is not None:
-                scores = scores.masked_fill(chosen.hides(everything.expand(len(rows), -1)), -torch.inf)
-            theirs = scores.softmax(1)
-            best = scores.topk(min(num_beams, teacher.num_items))
-            candidates = torch.cat(
-                [best.indices.masked_fill(best.values.isneginf(), -1), written[rows].to(best.indices)], 1
+                hidden = chosen.hides(everything.expand(len(rows), -1))
+            theirs = scores.masked_fill(hidden, -torch.inf).log_softmax(1)
+            best = theirs.topk(min(num_beams, trie.num_items)).indices
+            of_best = ops.trie_token_log_probs(
+                recommender(here, best).logits, recommender.tokens(best), trie, item_filter=chosen
             )
+            # Those of both come once, from the policy's list.
+            ours = torch.cat([written.log_probs[rows].to(theirs), of_best.sum(-1).to(theirs)], 1)
+            candidates = torch.cat([written.items[rows].to(best), best], 1)
             known = candidates.clamp(min=0)
-            logits = recommender(here, known).logits
-            ours = ops.trie_token_log_probs(
-                logits, recommender.tokens(known), recommender.trie, item_filter=chosen
-            )
-            mixed = teacher_weight * theirs.gather(1, known) + (1 - teacher_weight) * ours.sum(-1).exp()
-            twice = (candidates[:, :, None] == candidates[:, None, :]).tril(-1).any(2)
-            mixed = mixed.masked_fill(twice | (candidates < 0), -1.0)
-            found = mixed.topk(num_items)
-            # Fewer than asked for, where hardly anything is left.
-            none = found.values < 0
-            items[rows] = candidates.gather(1, found.indices).masked_fill(none, -1).to(items)
-            log_probs[rows] = found.values.log().masked_fill(none, -torch.inf).to(log_probs)
+            ours = ours - _log_share(trie, ~hidden).gather(1, known)
+            mixed = _mix(ours, theirs.gather(1, known), teacher_weight)
+            listed = (best[:, :, None] == written.items[rows].to(best)[:, None, :]).any(2)
+            none = (candidates < 0) | hidden.gather(1, known)
+            none[:, -best.shape[1] :] |= listed
+            # Behind what there is, however improbable.
+            found = mixed.nan_to_num(neginf=torch.finfo(mixed.dtype).min).masked_fill(none, -torch.inf)
+            found, place = found.topk(num_items)
+            none = found.isneginf()
+            items[rows] = candidates.gather(1, place).masked_fill(none, -1).to(items)
+            log_probs[rows] = mixed.gather(1, place).masked_fill(none, -torch.inf).to(log_probs)
     return Generated(items, log_probs)
 
 
@@ -131,36 +142,54 @@ def rank_together(
         batch_size=batch_size,
         progress=progress,
     )
-    ours = target_log_probs(recommender, examples.history, examples.target, batch_size=batch_size)
-    theirs = torch.cat(
-        [
-            teacher.scores(examples.history[rows]).log_softmax(1).gather(1, examples.target[rows, None])[:, 0]
-            for rows in torch.arange(len(examples.target)).split(batch_size)
-        ]
-    )
-    # In logarithms, as either may be too small for its exponential; log 0 is -inf, which weighs nothing.
-    weights = torch.tensor([1 - teacher_weight, teacher_weight], dtype=ours.dtype).log()
+    device, target = recommender.device, examples.target
+    ours = target_log_probs(recommender, examples.history, target, batch_size=batch_size)
+    every = torch.ones(1, teacher.num_items, dtype=torch.bool, device=device)
+    ours = ours - _log_share(recommender.trie, every)[0].to(ours)[target]
+    theirs = torch.empty_like(ours)
+    for rows in torch.arange(len(target)).split(batch_size):
+        scores = teacher.scores(examples.history[rows].to(device)).log_softmax(1)
+        theirs[rows] = scores.gather(1, target[rows, None].to(device))[:, 0].to(theirs)
     metrics = ranking_metrics(
         generated.items,
-        examples.target,
+        target,
         ks=sorted({min(5, num_items), num_items}),
-        num_items=recommender.semantic_ids.num_items,
+        num_items=teacher.num_items,
         codes=recommender.semantic_ids.codes,
-        target_log_probs=torch.logaddexp(ours + weights[0], theirs.to(ours) + weights[1]),
+        target_log_probs=_mix(ours, theirs, teacher_weight),
     )
     return replace(metrics, seconds=time.perf_counter() - began)
 
 
+def _mix(ours: Tensor, theirs: Tensor, teacher_weight: float) -> Tensor:
+    """Of log-probabilities, as either may be too small for its exponential."""
+    if teacher_weight in (0, 1):
+        return theirs if teacher_weight else ours
+    return torch.logaddexp(ours + math.log1p(-teacher_weight), theirs + math.log(teacher_weight))
+
+
+def _log_share(trie: PrefixTrie, available: Tensor) -> Tensor:
+    """Log of the number of available items (B, N) with the same tokens as each: (B, N), float32."""
+    node = trie.item_node.long().clamp(min=0)
+    count = torch.zeros(len(available), trie.num_nodes, device=available.device)
+    return count.index_add(1, node, available.float())[:, node].clamp(min=1).log()
+
+
 def _check(recommender: GenerativeRecommender, teacher: Recommender, teacher_weight: float) -> None:
-    if (
-        not isinstance(teacher_weight, (int, float))
-        or not 0 <= teacher_weight <= 1
-        or math.isnan(teacher_weight)
+    for name, value, kind in (
+        ("recommender", recommender, GenerativeRecommender),
+        ("teacher", teacher, Recommender),
     ):
-        raise ValueError(f"teacher_weight is {teacher_weight!r}, needs a number from 0 to 1")
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} is a {type(value).__name__}, needs a {kind.__name__}")
+    if isinstance(teacher_weight, bool) or not isinstance(teacher_weight, Real):
+        raise TypeError(f"teacher_weight is {teacher_weight!r}, needs a number")
+    if not 0 <= teacher_weight <= 1:
+        raise ValueError(f"teacher_weight is {teacher_weight!r}, needs to be from 0 to 1")
     if not teacher.is_distribution:
         raise ValueError(
-            f"teacher is {teacher.name}, whose scores are no distribution, needs sasrec or mixture"
+            f"teacher is {teacher.name}, whose scores are no distribution, needs sasrec, mixture or "
+            "popularity"
         )
     if teacher.num_items != recommender.semantic_ids.num_items:
         raise ValueError(

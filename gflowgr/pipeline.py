@@ -662,7 +662,7 @@ def _teacher_of(run: Path, device: torch.device) -> Recommender:
     from gflowgr import collaborative
 
     if not (run / COLLABORATIVE).is_file():
-        raise FileNotFoundError(f"{run} has no {COLLABORATIVE}: it learned from no other recommender")
+        raise FileNotFoundError(f"{run} has no {COLLABORATIVE}: no other recommender was asked in it")
     teacher = collaborative.load(run / COLLABORATIVE)
     return teacher.to(device) if isinstance(teacher, collaborative.TRAINED) else teacher
 

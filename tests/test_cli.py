@@ -150,7 +150,9 @@ def test_a_run_compared_with_itself_does_not_differ(folder: Path, capsys: pytest
 
 def test_evaluate_takes_training_settings_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = str(folder / "run")
-    longer = output_of(capsys, "evaluate", run, "training.eval_num_items=3", "training.eval_num_beams=8")
+    longer = output_of(
+        capsys, "evaluate", run, "training.eval_num_items=3", "--part", "test", "training.eval_num_beams=8"
+    )
     assert "recall@3" in longer
     assert "recall@10" not in longer
     assert "model" in error_of(capsys, "evaluate", run, "model.layers=2")
@@ -160,8 +162,9 @@ def test_a_run_that_learned_from_no_other_has_no_teacher(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = str(folder / "run")
+    assert "unrecognized arguments: --teach x=1" in error_of(capsys, "doctor", "--teach", "x=1")
     for command in (("evaluate", run), ("recommend", run, "10")):
-        assert "learned from no other" in error_of(capsys, *command, "--teacher-weight", "0.5")
+        assert "no other recommender was asked" in error_of(capsys, *command, "--teacher-weight", "0.5")
 
 
 def test_recommend_prints_titles(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

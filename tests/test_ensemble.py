@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gflowgr.backbones import GenerativeRecommender, build_decoder
+from gflowgr.backbones import GenerativeRecommender, build_decoder, build_t5
 from gflowgr.collaborative import ItemKNN, Popularity, Recommender
 from gflowgr.ensemble import generate_together, rank_together
 from gflowgr.generation import generate, score_all
@@ -40,16 +41,24 @@ class Fixed(Recommender):
         return cls(tensors["logits"])
 
 
-@pytest.fixture(scope="module")
-def recommender() -> GenerativeRecommender:
+def a_model(backbone: str, dropout: float = 0.0) -> GenerativeRecommender:
+    """Of a catalogue in which some items share their codes; it reads less of a history than there may be."""
     generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(0, 4, (NUM_ITEMS, 3), generator=generator)
-    shape = {"layers": 1, "d_model": 16, "heads": 2, "d_ff": 32, "history_length": 5, "dropout": 0.0}
+    semantic_ids = SemanticIds(torch.randint(0, 4, (NUM_ITEMS, 3), generator=generator), codebook_sizes=4)
+    assert len(semantic_ids.codes.unique(dim=0)) < NUM_ITEMS
+    shape = {"layers": 1, "d_model": 16, "heads": 2, "d_ff": 32, "history_length": 4, "dropout": dropout}
     torch.manual_seed(0)
-    model = build_decoder(SemanticIds(codes, codebook_sizes=4), **shape).double()
+    if backbone == "t5":
+        return build_t5(semantic_ids, d_kv=8, **shape).double().eval()
+    model = build_decoder(semantic_ids, **shape).double()
     with torch.no_grad():
         model.transformer.get_input_embeddings().weight.mul_(20)
     return model.eval()
+
+
+@pytest.fixture(scope="module", params=["t5", "llama"])
+def recommender(request: pytest.FixtureRequest) -> GenerativeRecommender:
+    return a_model(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +77,9 @@ def defined(
     recommender: GenerativeRecommender, teacher: Recommender, history: Tensor, weight: float, hide: bool
 ) -> Tensor:
     ours = score_all(recommender, history, exclude_history=hide).exp()
+    codes = recommender.semantic_ids.codes
+    alike = (codes[:, None] == codes[None]).all(-1).double()
+    ours = ours / ((ours > 0).double() @ alike).clamp(min=1)
     theirs = teacher.scores(history).double()
     if hide:
         for row, items in enumerate(history.tolist()):
@@ -82,7 +94,7 @@ def defined(
     batch_size=st.integers(1, 7),
 )
 @settings(deadline=None, max_examples=30)
-def test_with_all_items_as_beams_the_lists_are_exact(
+def test_lists_of_everything_are_exact(
     recommender: GenerativeRecommender,
     teacher: Fixed,
     seed: int,
@@ -101,6 +113,7 @@ def test_with_all_items_as_beams_the_lists_are_exact(
         batch_size=batch_size,
     )
     expected = defined(recommender, teacher, history, weight, hide)
+    assert torch.allclose(expected.sum(1), torch.ones(len(history), dtype=torch.float64))
     for row in range(len(history)):
         seen = set(history[row].tolist()) if hide else set()
         items = [item for item in found.items[row].tolist() if item >= 0]
@@ -148,19 +161,39 @@ def test_lists_are_measured_with_the_targets_mixed_probability(
     assert metrics.summary()["nll"] == pytest.approx(float(nll), rel=1e-4)
 
 
-def test_its_modes_stay(recommender: GenerativeRecommender, teacher: Fixed) -> None:
-    recommender.train()
-    generate_together(recommender, teacher, some_histories(6))
-    assert recommender.training
-    recommender.eval()
+def test_dropout_plays_no_part_and_the_mode_stays(teacher: Fixed) -> None:
+    model, history = a_model("llama", dropout=0.5), some_histories(6)
+    still = generate_together(model, teacher, history)
+    model.train()
+    found = generate_together(model, teacher, history)
+    assert model.training
+    assert torch.equal(found.log_probs, still.log_probs) and torch.equal(found.items, still.items)
+
+
+def test_what_is_improbable_keeps_its_order(recommender: GenerativeRecommender) -> None:
+    steep = Fixed(-400.0 * torch.arange(NUM_ITEMS).expand(NUM_ITEMS, -1))
+    found = generate_together(recommender, steep, some_histories(8), teacher_weight=1.0)
+    assert (found.items == torch.arange(10)).all() and found.log_probs.isfinite().all()
+
+
+def test_nobody_gets_nothing(recommender: GenerativeRecommender, teacher: Fixed) -> None:
+    found = generate_together(recommender, teacher, torch.empty(0, 5, dtype=torch.int64))
+    assert found.items.shape == (0, 10)
 
 
 def test_errors_name_the_argument(recommender: GenerativeRecommender, teacher: Fixed) -> None:
     history = some_histories(7)
-    for weight in (-0.1, 1.1, float("nan"), "half"):
+    for weight in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match=r"teacher_weight is .* from 0 to 1"):
-            generate_together(recommender, teacher, history, teacher_weight=weight)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="num_beams is 3, needs at least 5"):
+            generate_together(recommender, teacher, history, teacher_weight=weight)
+    wrong: Any
+    for wrong in ("half", True):
+        with pytest.raises(TypeError, match=r"teacher_weight is .*, needs a number"):
+            generate_together(recommender, teacher, history, teacher_weight=wrong)
+    for wrong in (None, object()):
+        with pytest.raises(TypeError, match=r"teacher is a \w+, needs a Recommender"):
+            generate_together(recommender, wrong, history)
+    with pytest.raises(ValueError, match="num_beams is 3, needs at least num_items, 5"):
         generate_together(recommender, teacher, history, num_items=5, num_beams=3)
     with pytest.raises(ValueError, match="teacher has 7 items, needs 30"):
         generate_together(recommender, Popularity(torch.ones(7, dtype=torch.int64)), history)

@@ -80,11 +80,12 @@ def test_nothing_is_drawn_of_ablations_that_were_not_run() -> None:
 
 
 def test_the_files_are_the_same_for_the_same_results(tmp_path: Path) -> None:
-    for row, rank in (("sft", 3), ("sft-continued", 4), ("gflowgr-tb", 1), ("gflowgr-tb-n1", 2)):
+    for row, rank in (("sft", 3), ("sft-continued", 4), ("gflowgr-tb", 1), ("gflowgr-tb-adaptive", 2)):
         cell_of(row, rank).save(tmp_path / "results" / "toys")
     schedule = tmp_path / "results" / "toys" / SCHEDULES / "gflowgr-tb-adaptive-0.json"
     schedule.parent.mkdir()
-    WeightSchedule(["policy", "random"], [[0.5, 0.5], [0.4, 0.6]]).save(schedule)
+    for kept in (schedule, schedule.with_name("of-no-cell-0.json")):
+        WeightSchedule(["policy", "random"], [[0.5, 0.5], [0.4, 0.6]]).save(kept)
     tables = read_tables(tmp_path / "results")
     first, second = tmp_path / "first", tmp_path / "second"
     for folder in (first, second):

@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from gflowgr import collaborative, pipeline
+from gflowgr.adaptive import WeightSchedule
 from gflowgr.backbones import GenerativeRecommender
 from gflowgr.bench.table import machine
 from gflowgr.collaborative import Recommender
@@ -134,6 +135,10 @@ def run(row_name: str, data_set: DataSet, seed: int, place: Place) -> Cell:
     measure = kinds.get(row.kind, _run_model)
     measured = measure(row_name, data_set, seed, place, settings, folder)
     cell = _cell(row_name, data_set, seed, place, settings, folder, measured)
+    if measured.schedule is not None:
+        schedule = place.schedule(data_set.name, row_name, seed)
+        schedule.parent.mkdir(parents=True, exist_ok=True)
+        measured.schedule.save(schedule)
     cell.save(place.results / data_set.name)
     parts = measured.parts
     popularity = np.bincount(parts.sequences.items, minlength=parts.num_items)
@@ -153,6 +158,7 @@ class _Measured:
     steps: int = 0
     contexts: float = 0.0
     seconds: float = 0.0
+    schedule: WeightSchedule | None = None
 
 
 def _run_scorer(
@@ -255,10 +261,6 @@ def _run_model(
     fitted = pipeline.fit(folder, settings, partial, resume=resume, callbacks=[clock])
     trainer, parts = fitted.trainer, fitted.parts
     trainer.policy.recommender.save_pretrained(target / pipeline.CHECKPOINT)
-    if trainer.sampler is not None and trainer.sampler.mixture is not None:
-        schedule = place.schedule(data_set.name, row, seed)
-        schedule.parent.mkdir(parents=True, exist_ok=True)
-        trainer.sampler.mixture.save(schedule)
     rows = trainer.train_dataset
     steps = trainer.state.max_steps
     contexts_a_row = 1.0
@@ -271,6 +273,7 @@ def _run_model(
         steps=steps,
         contexts=steps * trainer.args.per_device_train_batch_size * contexts_a_row,
         seconds=clock.seconds,
+        schedule=None if trainer.sampler is None else trainer.sampler.mixture,
     )
     remove(partial)
     return measured
@@ -287,7 +290,14 @@ def _run_ensemble(
         scorer.to(device())
     parts = split(folder.log, max_history=MAX_HISTORY)
     validation, test = (
-        rank_together(recommender, scorer, part, num_items=PLACES, num_beams=_CANDIDATES, batch_size=256)
+        rank_together(
+            recommender,
+            scorer,
+            part,
+            teacher_weight=settings["weights"][teacher],
+            num_items=PLACES,
+            num_beams=settings["candidates"],
+        )
         for part in (parts.validation, parts.test)
     )
     return _Measured(parts, validation, test)

@@ -52,10 +52,12 @@ def write_figures(tables: Sequence[Table], results: Path, folder: Path) -> list[
                 path = folder / f"{kind}-{table.dataset}.svg"
                 path.write_bytes(svg(figure))
                 written.append(path)
-        for schedule in sorted((results / table.dataset / SCHEDULES).glob("*.json")):
-            path = folder / f"schedule-{table.dataset}-{schedule.stem}.svg"
-            write_text(path, chart_svg(WeightSchedule.load(schedule).chart()))
-            written.append(path)
+        for cell in cells:
+            schedule = results / table.dataset / SCHEDULES / f"{cell.name}.json"
+            if schedule.is_file():
+                path = folder / f"schedule-{table.dataset}-{cell.name}.svg"
+                write_text(path, chart_svg(WeightSchedule.load(schedule).chart()))
+                written.append(path)
     return written
 
 
