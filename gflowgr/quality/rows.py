@@ -205,6 +205,9 @@ ROWS: dict[str, Row] = {
     "gflowgr-epsilon0": Row(
         "decoder", merge(GFLOWGR, {"training": {"rollout_epsilon": 0.0}}), teacher="mixture", like="gflowgr"
     ),
+    "gflowgr-sasrec-teacher": Row(
+        "decoder", {**GFLOWGR, "collaborative": {"model": "sasrec"}}, teacher="sasrec", like="gflowgr"
+    ),
     "gflowgr": Row("decoder", GFLOWGR, teacher="mixture", grid=_GFLOWGR_GRID),
     "gflowgr-ensemble": Row("ensemble", start="gflowgr", teacher="mixture"),
     "gflowgr-tb-n1": _paper(num_trajectories=1),

@@ -22,7 +22,7 @@ ORDER = (
     "sft", "sft-longer", "sft-continued", "sft-smoothed", "sft-rollouts-sasrec", "sft-rollouts", "ensemble",
     "dpo", "s-dpo", "sprec", "grpo",
     "item-kl", "gflowgr-tb", "gflowgr-db", "gflowgr-vargrad", "gflowgr-subtb", "gflowgr-flows",
-    "gflowgr-sasrec", "gflowgr-within", "gflowgr",
+    "gflowgr-sasrec", "gflowgr-within", "gflowgr-sasrec-teacher", "gflowgr",
 )  # fmt: skip
 BACKBONES = ("", "t5-", "lora-")
 # A mixture is made of the others, so that it is the teacher where it stands beside them.
