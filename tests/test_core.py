@@ -122,6 +122,8 @@ class Walks(Dataset[Tensor]):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+# On a single core.
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes:UserWarning")
 def test_forked_workers_have_a_pool_of_their_own(threads: Callable[[int], None]) -> None:
     """A worker that waited for threads which only its parent has would never answer."""
     trie = catalogue()
