@@ -97,7 +97,11 @@ def test_every_op_is_measured_beside_its_definition_and_its_baselines(
         case = bench.CASES[op]
         passes = ["forward", "forward+backward"] if case.gradients else ["forward"]
         names = ["", "reference", *(name for name in case.baselines if name not in missing())]
-        wanted = [(each, name) for each in passes for name in names]
+        wanted = []
+        for each in passes:
+            wanted += [(each, name) for name in names]
+            if torch.cuda.is_available() and case.captured:
+                wanted += [(f"{each}, graph", name) for name in timing.CAPTURABLE if name in names]
         assert [(row["pass"], row["baseline"]) for row in rows if row["op"] == op] == wanted
         assert not case.takes_logits or {"floor", "lm_head"} & case.baselines.keys()
     printed = capsys.readouterr().out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import statistics
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,6 +30,7 @@ from gflowgr.bench.table import (
 )
 
 PASSES = ("forward", "forward+backward")
+GRAPH = ", graph"  # of a pass: replays of a captured CUDA graph instead of calls
 LONG_MS = 1000.0  # memory is taken of one such call, of several shorter ones
 
 
@@ -85,9 +87,15 @@ def measure(
     for direction in PASSES if case.gradients else PASSES[:1]:
         backward = direction != "forward"
         calls = {name: timing.timed_call(case, run, problem, backward) for name, run in runs.items()}
-        times = timing.paired_rounds(calls, sets, rounds, seconds, cuda)
+        times = {
+            (direction, name): taken
+            for name, taken in timing.paired_rounds(calls, sets, rounds, seconds, cuda).items()
+        }
+        if cuda and case.captured:
+            replays = _replayed(calls, sets, problem, rounds, seconds)
+            times |= {(direction + GRAPH, name): taken for name, taken in replays.items()}
         least = limits.least_ms(case, problem, sets[0], backward)
-        for name, taken in times.items():
+        for (timed, name), taken in times.items():
             median = statistics.median(taken)
             once = partial(calls[name], sets[0])
             peak = problem.trie.nbytes if case.builds_trie else memory.peak_bytes(once, cuda)
@@ -100,11 +108,13 @@ def measure(
                     backend=problem.backend,
                     baseline=name,
                     threads=threads,
-                    direction=direction,
+                    direction=timed,
                     median_ms=median,
                     p20_ms=float(np.quantile(taken, 0.2)),
                     p80_ms=float(np.quantile(taken, 0.8)),
-                    ratio=statistics.median(mine / own for mine, own in zip(taken, times[""], strict=True)),
+                    ratio=statistics.median(
+                        mine / own for mine, own in zip(taken, times[timed, ""], strict=True)
+                    ),
                     peak_bytes=peak,
                     peak_rss_bytes=resident,
                     bytes_moved=case.bytes_moved(problem, sets[0], backward),
@@ -112,6 +122,22 @@ def measure(
                 )
             )
     return found
+
+
+def _replayed(
+    calls: dict[str, timing.TimedCall], sets: list[Inputs], problem: Problem, rounds: int, seconds: float
+) -> dict[str, list[float]]:
+    """Milliseconds of the captured calls; none where something in the op waits for the device."""
+    try:
+        graphs = {
+            name: timing.captured(calls[name], sets, problem.generator)
+            for name in timing.CAPTURABLE
+            if name in calls
+        }
+    except RuntimeError as error:
+        warnings.warn(f"nothing was captured: {error}", stacklevel=2)
+        return {}
+    return timing.paired_rounds(graphs, sets, rounds, seconds, True)
 
 
 def run(plan: Plan, write: Callable[[str], None] = print) -> Report:
