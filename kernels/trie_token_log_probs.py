@@ -155,11 +155,13 @@ def _token_log_probs_backward(
     )
     out = (grad_logits + index * width - first_token)[:, None]
     for offset in range(0, most(first, read_end), BLOCK):
-        child, child_tokens, exists = child_block(
+        _child, child_tokens, exists = child_block(
             first + offset, read_end, token, BLOCK, hidden_nodes, low, high, allowed, bits
         )
         values = child_logits(row, token_stride, child_tokens, exists, sums)
-        hit = tl.where(child == taken[:, None], 1.0, 0.0).to(sums)
+        # The token's child is `taken`: a row without one reads none. (Triton 3.6 cannot compile a comparison
+        # of the nodes here.)
+        hit = tl.where(child_tokens == wanted[:, None], 1.0, 0.0).to(sums)
         probability = tl.exp(values - peak[:, None] - log_total[:, None])
         tl.store(out + child_tokens, slope[:, None] * (hit - probability), mask=exists)
 

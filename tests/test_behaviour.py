@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from core_cases import backends
+from core_cases import backends, device_of
 from filter_cases import Filtered, filtered
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -116,9 +116,8 @@ def test_bad_settings_name_themselves(given_: dict[str, Any], error: type[Except
 @pytest.mark.parametrize("backend", backends("trie_child_log_probs"))
 @settings(max_examples=60)
 @given(case=filtered(), behaviour=behaviours())
-def test_a_step_is_drawn_from_its_proposal(
-    backend: str, device: torch.device, case: Filtered, behaviour: Behaviour
-) -> None:
+def test_a_step_is_drawn_from_its_proposal(backend: str, case: Filtered, behaviour: Behaviour) -> None:
+    device = device_of(backend)
     trie = case.trie(device)
     nodes = case.nodes((case.contexts, 5)).to(device)
     logits = case.normals((case.contexts, 5, case.width)).to(device)
@@ -163,9 +162,8 @@ def test_a_step_is_drawn_from_its_proposal(
 
 @pytest.mark.parametrize("backend", backends("trie_sample"))
 @pytest.mark.parametrize("knobs", [{}, {"temperature": 0.5}])
-def test_a_seeded_step_does_not_depend_on_its_batch(
-    backend: str, device: torch.device, knobs: dict[str, float]
-) -> None:
+def test_a_seeded_step_does_not_depend_on_its_batch(backend: str, knobs: dict[str, float]) -> None:
+    device = device_of(backend)
     trie, generator = TRIE.to(device), torch.Generator().manual_seed(0)
     nodes = torch.randint(0, trie.num_nodes, (40,), generator=generator).to(device)
     logits = torch.randn(40, 4, generator=generator, dtype=torch.float64).to(device)

@@ -86,7 +86,8 @@ def test_report_survives_json() -> None:
 
 def test_report_states_this_installation() -> None:
     found = doctor.report()
-    assert found["versions"]["torch"] == torch.__version__
+    # A package's metadata may lack the build.
+    assert found["versions"]["torch"] in (torch.__version__, torch.__version__.partition("+")[0])
     assert found["threads"]["torch"] == torch.get_num_threads()
     assert found["cuda"]["build"] == torch.version.cuda
     assert len(found["cuda"]["devices"]) == torch.cuda.device_count()

@@ -22,6 +22,9 @@ from gflowgr.trie_arrays import build_with_numpy
 pytest.importorskip("gflowgr._core", reason="the C++ extension is not compiled")
 
 LARGEST = 2**31 - 2
+_POLICY = Path("/proc/sys/vm/overcommit_memory")
+# An allocation then never fails, and whoever uses it is killed.
+OVERCOMMITS = _POLICY.is_file() and _POLICY.read_text().strip() == "1"
 
 
 @pytest.mark.parametrize(
@@ -127,6 +130,7 @@ def test_a_deep_chain_is_served(deep: tuple[PrefixTrie, torch.Tensor]) -> None:
     assert log_probs.argmax(1).tolist() == [7, int(rows[1, -1]), 7]
 
 
+@pytest.mark.skipif(OVERCOMMITS, reason="the system promises memory that it does not have")
 def test_a_result_beyond_all_memory_is_an_error() -> None:
     trie = PrefixTrie([[0, 1], [2, 3]])
     rows = torch.zeros(1, 4).expand(2**40, 4)

@@ -60,6 +60,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = {"layers": 1, "d_model": 16, "heads": 2}
     scratch = {
         "decoder": {"model": {"kind": "decoder", **tiny}},
+        "wide": {"model": {"kind": "decoder", **tiny, "d_model": 32}},
         "large": {"model": {"kind": "decoder", **tiny, "d_model": 32}},
         "t5": {"model": {"kind": "t5", **tiny, "d_kv": 8, "d_ff": 32}},
     }

@@ -43,7 +43,7 @@ class ByLastItem:
 
     def scores(self, histories: Tensor) -> Tensor:
         end = (histories >= 0).sum(1, keepdim=True) - 1
-        return self.table[histories.gather(1, end)[:, 0]]
+        return self.table.to(histories.device)[histories.gather(1, end)[:, 0]]
 
     def probability(self, item: int, past: list[int]) -> float:
         """Of an item that the past lacks, after it."""
@@ -330,8 +330,9 @@ def test_a_row_that_the_users_next_one_goes_on_with_is_not_gone_beyond(tmp_path:
         run.train_dataset = rows
         run.policy.train()
         contexts, _ = run._contexts(batch_of(run, 3))
-        assert (contexts.items >= 0).sum(1).tolist() == [3, 6, 4]
-        assert torch.equal(contexts.items[:, :4][items[:, :4] >= 0], items[items >= 0])
+        found = contexts.items.cpu()
+        assert (found >= 0).sum(1).tolist() == [3, 6, 4]
+        assert torch.equal(found[:, :4][items[:, :4] >= 0], items[items >= 0])
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["histories", "windows"])

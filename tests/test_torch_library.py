@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from core_cases import backends, device_of
+from core_cases import backends, device_of, waiting_is_an_error
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -412,7 +412,9 @@ def test_the_way_past_the_dispatcher_is_the_same(op: str, backend: str) -> None:
     backward = dict.fromkeys(through, "trie_token_log_probs")
     if op != "trie_walk":
         assert f"gflowgr.{backward.get(op, op)}_backward.default" in recorder.seen
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True
+    ) as profiler:
         PUBLIC[op](x, backend)
     assert f"gflowgr::{op}" in {event.key for event in profiler.key_averages()}
 
@@ -542,12 +544,8 @@ def test_neither_waits_for_the_device_nor_minds_the_stream(op: str) -> None:
     expected = run(PUBLIC[op], x, "auto")
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with torch.cuda.stream(stream):
-            result = run(PUBLIC[op], x, "auto")
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with waiting_is_an_error(), torch.cuda.stream(stream):
+        result = run(PUBLIC[op], x, "auto")
     stream.synchronize()
     assert_same(result, expected)
 

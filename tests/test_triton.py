@@ -12,7 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from core_cases import FLOATS, World, catalogues, laid_out, spoilt, wide_catalogues, worlds
+from core_cases import (
+    FLOATS,
+    World,
+    catalogues,
+    laid_out,
+    spoilt,
+    waiting_is_an_error,
+    wide_catalogues,
+    worlds,
+)
 from filter_cases import Filtered, filtered
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -866,11 +875,8 @@ def test_a_captured_graph_gives_the_same_results(device: torch.device) -> None:
 def test_nothing_waits_for_the_device(device: torch.device) -> None:
     arguments = batch_of(World([[0, 1], [1, 0], [1, 1]], extra_width=0, seed=0), (4, 2), device)
     every_kernel(*arguments)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         every_kernel(*arguments)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,10 @@ def peak_bytes(run: Callable[[], Any], cuda: bool) -> int:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with silent_stderr(), torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+    with (
+        silent_stderr(),
+        torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profiler,
+    ):
         run()
     trace = chrome_trace(profiler)["traceEvents"]
     changes = sorted(

@@ -190,7 +190,7 @@ def record(calls: Mapping[str, timing.TimedCall], inputs: Inputs, cuda: bool) ->
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with (
         memory.silent_stderr(),
-        torch.profiler.profile(activities=activities, profile_memory=True) as profiler,
+        torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profiler,
     ):
         for mark in (_WARM_UP, _MARK):
             for name, call in calls.items():

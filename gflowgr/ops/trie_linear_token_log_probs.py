@@ -64,7 +64,9 @@ def trie_linear_token_log_probs(
     if bias is not None:
         _checks.shaped("bias", _checks.floats("bias", bias, 1), weight.shape[:1])
     kind = hidden.device.type
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    # Older compilers cannot trace the first question, whose answer is yes wherever they compile.
+    known = torch.compiler.is_dynamo_compiling() or torch.amp.is_autocast_available(kind)
+    autocast = known and torch.is_autocast_enabled(kind)
     if autocast and hidden.dtype != torch.float64:
         hidden = hidden.to(torch.get_autocast_dtype(kind))
     else:
