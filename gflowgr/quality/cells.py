@@ -47,6 +47,7 @@ _COMMON: dict[str, Any] = {
 # What a backbone from scratch has in common, whatever it is trained for.
 _FROM_SCRATCH: dict[str, dict[str, Any]] = {
     "decoder": {"model": {"kind": "decoder", "layers": 2, "d_model": 128, "heads": 4}},
+    "wide": {"model": {"kind": "decoder", "layers": 2, "d_model": 256, "heads": 8}},
     "large": {"model": {"kind": "decoder", "layers": 6, "d_model": 256, "heads": 8}},
     "t5": {
         "model": {

@@ -17,7 +17,8 @@ class Row:
 
     Attributes:
         kind: "scorer" is a recommender of `gflowgr.collaborative`, "mixture" one made of those of `start` and
-            `teacher`; "decoder", "large" (a larger decoder) and "t5" a model from scratch; "further" a model
+            `teacher`; "decoder", "wide" (twice as wide), "large" (deeper, too) and "t5" a model from scratch;
+            "further" a model
             that goes on from the checkpoint of `start`; "ensemble" the mean of the probabilities of `start`
             and `teacher`.
         settings: what distinguishes it, as `gflowgr.assembly.Plan` takes it.
@@ -27,7 +28,7 @@ class Row:
         like: the row whose choice it shares, where it has no grid of its own.
     """
 
-    kind: Literal["scorer", "mixture", "decoder", "large", "t5", "further", "ensemble"]
+    kind: Literal["scorer", "mixture", "decoder", "wide", "large", "t5", "further", "ensemble"]
     settings: Mapping[str, Any] = field(default_factory=dict)
     start: str | None = None
     teacher: str | None = None
@@ -109,6 +110,11 @@ def _within(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**settings, "training": {**training, **budget}}
 
 
+def _longer(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with twice the steps."""
+    return merge(settings, {"training": {"num_train_epochs": 2 * settings["training"]["num_train_epochs"]}})
+
+
 _RANDOM = {"sampler": {"strategies": "random"}}
 _POLICY = {"sampler": {"strategies": "policy"}}
 
@@ -147,11 +153,7 @@ ROWS: dict[str, Row] = {
     "mixture": Row("mixture", {"collaborative": {"model": "mixture"}}, start="item-knn", teacher="sasrec"),
     "sft": Row("decoder", SFT, grid=_SFT_GRID),
     # Whether it was given too few steps.
-    "sft-longer": Row(
-        "decoder",
-        merge(SFT, {"training": {"num_train_epochs": 2 * SFT["training"]["num_train_epochs"]}}),
-        like="sft",
-    ),
+    "sft-longer": Row("decoder", _longer(SFT), like="sft"),
     "sft-continued": _further("sft"),
     "sft-smoothed": Row(
         "decoder",
@@ -209,6 +211,7 @@ ROWS: dict[str, Row] = {
         "decoder", {**GFLOWGR, "collaborative": {"model": "sasrec"}}, teacher="sasrec", like="gflowgr"
     ),
     "gflowgr": Row("decoder", GFLOWGR, teacher="mixture", grid=_GFLOWGR_GRID),
+    "gflowgr-longer": Row("decoder", _longer(GFLOWGR), teacher="mixture", like="gflowgr"),
     "gflowgr-ensemble": Row("ensemble", start="gflowgr", teacher="mixture"),
     "gflowgr-tb-n1": _paper(num_trajectories=1),
     "gflowgr-tb-n5": _paper(num_trajectories=5),
@@ -231,6 +234,8 @@ ROWS: dict[str, Row] = {
     "t5-s-dpo": _on_t5("s-dpo", _further("s_dpo", None, _RANDOM, num_trajectories=4)),
     "t5-gflowgr-tb": _on_t5("gflowgr-tb", _paper()),
     "t5-gflowgr": Row("t5", _within(GFLOWGR), teacher="mixture", grid=_T5_GRID),
+    "wide-sft": Row("wide", _longer(SFT), like="sft"),
+    "wide-gflowgr": Row("wide", _longer(GFLOWGR), teacher="mixture", like="gflowgr"),
     "large-sft": Row("large", SFT),
     "lora-sft": Row("further", merge(_further("sft").settings, _LORA), start="large-sft"),
     "lora-gflowgr": Row(
@@ -242,4 +247,4 @@ ROWS: dict[str, Row] = {
 }
 
 # The table's own rows, without ablations and other backbones.
-MAIN = [name for name in ROWS if not name.startswith(("gflowgr-tb-", "t5-", "large-", "lora-"))]
+MAIN = [name for name in ROWS if not name.startswith(("gflowgr-tb-", "t5-", "wide-", "large-", "lora-"))]
