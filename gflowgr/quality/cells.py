@@ -114,6 +114,8 @@ def settings_of(row_name: str, data_set: DataSet, seed: int, place: Place) -> di
     if row.teacher is not None:
         path = place.checkpoint(data_set.name, row.teacher, seed)
         settings["collaborative"] = {"path": str(path)}
+    if row.policy is not None:
+        settings["collaborative"]["policy"] = str(place.checkpoint(data_set.name, row.policy, seed))
     return merge(settings, chosen_settings(row.like or row_name, data_set.name, place.results))
 
 
@@ -315,8 +317,8 @@ def _cell(
 ) -> Cell:
     row = ROWS[row_name]
     total = measured.seconds
-    for needed in row.built_on:
-        total += Cell.load(place.result(data_set.name, needed, seed)).budget["total_seconds"]
+    for needed in _everything_behind(row_name):
+        total += Cell.load(place.result(data_set.name, needed, seed)).budget["seconds"]
     where = machine(device())
     tuned = row.like or row_name
     return Cell(
@@ -343,6 +345,12 @@ def _cell(
         validation_rank=measured.validation.rank.numpy().astype(np.uint8),
         test_rank=measured.test.rank.numpy().astype(np.uint8),
     )
+
+
+def _everything_behind(row: str) -> set[str]:
+    """What the row is built on, and that on, once each."""
+    found = set(ROWS[row].built_on)
+    return found.union(*map(_everything_behind, found))
 
 
 def _portable(settings: Any, place: Place) -> Any:
