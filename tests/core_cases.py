@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -221,18 +219,6 @@ def path_logits(
         walked = world.oracle.walk(tokens[row].tolist(), int(start[row]))
         nodes[row] = torch.tensor([int(start[row]), *walked])[:-1]
     return logits_at(world, nodes, dtype, layout, device)
-
-
-@contextmanager
-def waiting_is_an_error() -> Iterator[None]:
-    """Whatever waits for the GPU in here raises."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            yield
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 def assert_close(ours: Tensor, exact: Any, yardstick: Tensor | None = None, *, slack: float = 8.0) -> None:

@@ -46,6 +46,7 @@ ROWS = [
     row("trie_log_flows", "", 1, **{"pass": "forward+backward"}),
     row("trie_log_flows", "reference", 3, **{"pass": "forward+backward"}),
     row("trie_sample", "", 1, device="A GPU", median_ms=0.01),
+    row("trie_sample", "", 1, device="A GPU", median_ms=0.001, **{"pass": "forward, graph"}),
     row("trie_sample", "", 1, config="4:items=10000", median_ms=66),
     row("trie_sample", "floor", 2, config="4:items=10000"),
     row("trie_sample", "", 1, config="4:items=100000", median_ms=66),

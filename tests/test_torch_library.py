@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from core_cases import backends, device_of, waiting_is_an_error
+from core_cases import backends, device_of
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gflowgr import ItemFilter, PrefixTrie, ops
+from gflowgr.bench.timing import waiting_is_an_error
 from gflowgr.ops._filters import NO_FILTER, arrays_of
 
 ROWS = [[1, 2, 5], [1, 3, -1], [4, -1, -1], [4, 5, 6], [4, 5, 6], [7, 0, -1], [7, 3, -1], [7, 9, -1]]

@@ -12,22 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from core_cases import (
-    FLOATS,
-    World,
-    catalogues,
-    laid_out,
-    spoilt,
-    waiting_is_an_error,
-    wide_catalogues,
-    worlds,
-)
+from core_cases import FLOATS, World, catalogues, laid_out, spoilt, wide_catalogues, worlds
 from filter_cases import Filtered, filtered
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from gflowgr import ItemFilter, PrefixTrie, ops, reference
+from gflowgr.bench.timing import waiting_is_an_error
 from gflowgr.ops._filters import arrays_of
 
 pytest.importorskip("triton")

@@ -19,6 +19,7 @@ from gflowgr.bench.checks import WrongResultError, check, expected
 from gflowgr.bench.plans import Plan, plan, problem_of
 from gflowgr.bench.problems import Inputs, Problem
 from gflowgr.bench.table import (
+    GRAPH,
     LINE,
     TITLES,
     Measurement,
@@ -30,7 +31,6 @@ from gflowgr.bench.table import (
 )
 
 PASSES = ("forward", "forward+backward")
-GRAPH = ", graph"  # of a pass: replays of a captured CUDA graph instead of calls
 LONG_MS = 1000.0  # memory is taken of one such call, of several shorter ones
 
 
@@ -92,13 +92,16 @@ def measure(
             for name, taken in timing.paired_rounds(calls, sets, rounds, seconds, cuda).items()
         }
         if cuda and case.captured:
-            replays = _replayed(calls, sets, problem, rounds, seconds)
+            replays = _replayed(f"{case.op}, {direction}", calls, sets, problem, rounds, seconds)
             times |= {(direction + GRAPH, name): taken for name, taken in replays.items()}
         least = limits.least_ms(case, problem, sets[0], backward)
+        peaks = {
+            name: problem.trie.nbytes if case.builds_trie else memory.peak_bytes(partial(call, sets[0]), cuda)
+            for name, call in calls.items()
+        }
         for (timed, name), taken in times.items():
             median = statistics.median(taken)
             once = partial(calls[name], sets[0])
-            peak = problem.trie.nbytes if case.builds_trie else memory.peak_bytes(once, cuda)
             resident = 0 if cuda else memory.peak_rss_bytes(once, repeats=1 if median > LONG_MS else 3)
             found.append(
                 Measurement(
@@ -115,7 +118,7 @@ def measure(
                     ratio=statistics.median(
                         mine / own for mine, own in zip(taken, times[timed, ""], strict=True)
                     ),
-                    peak_bytes=peak,
+                    peak_bytes=peaks[name],
                     peak_rss_bytes=resident,
                     bytes_moved=case.bytes_moved(problem, sets[0], backward),
                     share_of_limit=least / median,
@@ -125,18 +128,24 @@ def measure(
 
 
 def _replayed(
-    calls: dict[str, timing.TimedCall], sets: list[Inputs], problem: Problem, rounds: int, seconds: float
+    what: str,
+    calls: dict[str, timing.TimedCall],
+    sets: list[Inputs],
+    problem: Problem,
+    rounds: int,
+    seconds: float,
 ) -> dict[str, list[float]]:
-    """Milliseconds of the captured calls; none where something in the op waits for the device."""
-    try:
-        graphs = {
-            name: timing.captured(calls[name], sets, problem.generator)
-            for name in timing.CAPTURABLE
-            if name in calls
-        }
-    except RuntimeError as error:
-        warnings.warn(f"nothing was captured: {error}", stacklevel=2)
-        return {}
+    """Milliseconds of the calls that can be captured; none if the op itself cannot."""
+    graphs = {}
+    for name in timing.CAPTURABLE:
+        if name not in calls:
+            continue
+        try:
+            graphs[name] = timing.captured(calls[name], sets, problem.generator)
+        except RuntimeError as error:
+            warnings.warn(f"{what}, {name or 'the op'}: not captured, {error}", stacklevel=2)
+            if not name:
+                return {}
     return timing.paired_rounds(graphs, sets, rounds, seconds, True)
 
 

@@ -24,6 +24,8 @@ COLUMNS = (
     "median_ms", "p20_ms", "p80_ms", "ratio", "peak_bytes", "peak_rss_bytes", "bytes_moved", "share_of_limit",
 )  # fmt: skip
 
+GRAPH = ", graph"  # ends a pass that is the replay of a captured CUDA graph
+
 
 @dataclass(frozen=True)
 class Measurement:

@@ -6,7 +6,9 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -75,31 +77,38 @@ def _warm_up(call: TimedCall, sets: Sequence[Inputs], cuda: bool) -> int:
     return max(1, math.ceil(BLOCK_MS / max(taken[-1], 1e-6)))
 
 
-# What cannot wait for the host, or read from it, while it is captured is not among these.
+# Implementations that are captured, unless they wait for the device after all.
 CAPTURABLE = ("", "floor", "dense_mask", "eager_tb", "padded_csr", "searchsorted")
+
+
+@contextmanager
+def waiting_is_an_error() -> Iterator[None]:
+    """Whatever waits for the GPU in here raises a RuntimeError."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def captured(call: TimedCall, sets: Sequence[Inputs], generator: torch.Generator) -> TimedCall:
     """The same as the replay of a CUDA graph for each input set: what the device does, without its launches.
 
     Raises:
-        RuntimeError: the call waits for the device.
+        RuntimeError: the call, which has to be warm, waits for the device.
     """
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    graphs = {}
-    with torch.cuda.stream(side):
+    # A capture that fails leaves the allocator and the generator as they should not be.
+    with waiting_is_an_error():
         for inputs in sets:
             call(inputs)
-            graph = torch.cuda.CUDAGraph()
-            graph.register_generator_state(generator)
-            graph.capture_begin()
-            try:
-                call(inputs)
-            finally:
-                graph.capture_end()
-            graphs[id(inputs)] = graph
-    torch.cuda.current_stream().wait_stream(side)
+    graphs = {}
+    for inputs in sets:
+        graphs[id(inputs)] = graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(generator)
+        with torch.cuda.graph(graph):
+            call(inputs)
     return lambda inputs: graphs[id(inputs)].replay()
 
 
