@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from gflowgr.backbones import GenerativeRecommender
 from gflowgr.collaborative import CollaborativeModel
 from gflowgr.config import GFlowGRConfig, check_keys
 from gflowgr.data import Examples, Histories, InteractionLog, Split, split
-from gflowgr.ensemble import PolicyAndTeacher
 from gflowgr.objectives import REWARDED
 from gflowgr.rewards import (
     CollaborativeReward,
@@ -71,8 +69,6 @@ class Plan:
         contexts: "windows", "histories", or "auto": histories where model and objective allow them.
         model: "kind", and what that kind's builder takes; "lora" for adapters.
         collaborative: "model" and its options, or the "path" of a saved one; None if nothing asks for scores.
-        policy: "folder" of an earlier run or its checkpoint, which teaches beside the recommender, and its
-            "weight"; None where there was none.
         reward: "terms", each with its options, and what `RewardModel` takes; None where no loss reads it.
         sampler: what `TrajectorySampler` takes; None where it draws nothing.
         training: the fields of `GFlowGRConfig`.
@@ -82,7 +78,6 @@ class Plan:
     contexts: str
     model: dict[str, Any]
     collaborative: dict[str, Any] | None
-    policy: dict[str, Any] | None
     reward: dict[str, Any] | None
     sampler: dict[str, Any] | None
     training: dict[str, Any]
@@ -120,14 +115,12 @@ class Plan:
             or (config.rollout_beyond > 0 and contexts != "windows")
         )
         scorer = section(settings, "collaborative")
-        policy = _policy_beside(scorer)
         _check_collaborative(scorer)
         return cls(
             split=split_settings,
             contexts=contexts,
             model=_checked_model(section(settings, "model")),
             collaborative=scorer if wants_scores else None,
-            policy=policy if wants_scores else None,
             reward=reward if rewarded else None,
             sampler=sampler if draws else None,
             training=training,
@@ -197,20 +190,13 @@ class Plan:
             parts.num_items, num_trajectories=config.num_trajectories, seed=config.seed, **options
         )
 
-    def build_teacher(
-        self, scorer: CollaborativeModel | None, rows: Examples | Histories, device: torch.device
+    def share_prefixes(
+        self, scorer: CollaborativeModel | None, rows: Examples | Histories
     ) -> CollaborativeModel | None:
-        """What training asks: the recommender, and beside it the policy of an earlier run, if there is one.
-
-        The same scores at less cost, where the rows' contexts are each other's beginnings.
-        """
-        teacher = scorer
+        """The same scores at less cost, where the rows' contexts are each other's beginnings."""
         if isinstance(scorer, collaborative.TRAINED) and isinstance(rows, Histories):
-            teacher = SharedPrefixes(scorer)
-        if teacher is None or self.policy is None:
-            return teacher
-        policy = GenerativeRecommender.load(_checkpoint_of(self.policy["folder"])).to(device)
-        return PolicyAndTeacher(policy, teacher, teacher_weight=1 - self.policy["weight"])
+            return SharedPrefixes(scorer)
+        return scorer
 
     def training_rows(
         self, parts: Split, model: GenerativeRecommender, config: GFlowGRConfig
@@ -262,23 +248,6 @@ def _checked_model(model: dict[str, Any]) -> dict[str, Any]:
     if model.get("lora") is not None:
         check_options(backbones.add_lora, section(model, "lora"), "model.lora", ("model",))
     return model
-
-
-def _policy_beside(settings: dict[str, Any]) -> dict[str, Any] | None:
-    """Takes the policy that teaches beside the recommender out of the settings `collaborative`."""
-    folder, weight = settings.pop("policy", None), settings.pop("policy_weight", None)
-    if folder is None:
-        if weight is not None:
-            raise ValueError(
-                f"collaborative.policy_weight is {weight!r}, needs collaborative.policy beside it"
-            )
-        return None
-    weight = 0.5 if weight is None else weight
-    if isinstance(weight, bool) or not isinstance(weight, Real) or not 0 < float(weight) < 1:
-        raise ValueError(f"collaborative.policy_weight is {weight!r}, needs a number between 0 and 1")
-    if not (_checkpoint_of(folder) / backbones.DESCRIPTION).is_file():
-        raise FileNotFoundError(f"collaborative.policy: {folder} is no run's folder and no checkpoint")
-    return {"folder": folder, "weight": float(weight)}
 
 
 def _check_collaborative(settings: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ from gflowgr.trie import PrefixTrie
 
 DECODER_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 _FORMAT = "gflowgr.GenerativeRecommender/1"
-DESCRIPTION, _IDS, _BASE = "gflowgr.json", "semantic_ids.safetensors", "base"
+_DESCRIPTION, _IDS, _BASE = "gflowgr.json", "semantic_ids.safetensors", "base"
 
 
 class Policy(NamedTuple):
@@ -365,7 +365,7 @@ class GenerativeRecommender(nn.Module):
                 "trains_embeddings": self.trains_embeddings,
                 "base": None if base_weights or not adapted else origin,
             }
-            (temporary / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+            (temporary / _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
             _move_files(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -401,10 +401,10 @@ class GenerativeRecommender(nn.Module):
             ValueError: it is damaged, or of another trie.
         """
         folder = Path(folder)
-        description = _read_description(folder / DESCRIPTION)
+        description = _read_description(folder / _DESCRIPTION)
         saved = SemanticIds.load(folder / _IDS)
         if saved.trie().fingerprint != description["trie"]:
-            raise ValueError(f"{folder}: {_IDS} does not match {DESCRIPTION}, the checkpoint is damaged")
+            raise ValueError(f"{folder}: {_IDS} does not match {_DESCRIPTION}, the checkpoint is damaged")
         if semantic_ids is not None and semantic_ids.trie().fingerprint != description["trie"]:
             raise ValueError(
                 f"{folder}: a checkpoint of another trie: its fingerprint is {description['trie']}, "
@@ -712,6 +712,6 @@ def _read_description(path: Path) -> dict[str, Any]:
 def _move_files(source: Path, target: Path) -> None:
     """Moves all files of a folder into another, the description last: a checkpoint with it is whole."""
     files = sorted(path.relative_to(source) for path in source.rglob("*") if path.is_file())
-    for file in sorted(files, key=lambda path: path.name == DESCRIPTION):
+    for file in sorted(files, key=lambda path: path.name == _DESCRIPTION):
         (target / file).parent.mkdir(parents=True, exist_ok=True)
         os.replace(source / file, target / file)

@@ -290,11 +290,6 @@ def _add_train(commands: Any) -> None:
         help="settings to begin with: gflowgr, the best we know, unless there is a config; or sft",
     )
     parser.add_argument("--config", metavar="FILE.yaml", help="settings, which go before the recipe's")
-    parser.add_argument(
-        "--after",
-        metavar="RUN",
-        help="a second round: that run's model teaches this one, beside the recommender that it learned from",
-    )
     parser.add_argument("--output", required=True, metavar="FOLDER", help="the run's folder to make")
     parser.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
     _add_overwrite(parser)
@@ -312,8 +307,6 @@ def _train(arguments: argparse.Namespace) -> None:
     settings = {} if recipe is None else recipes.RECIPES[recipe]
     if arguments.config is not None:
         settings = merge(settings, read_yaml(arguments.config))
-    if arguments.after is not None:
-        settings = {**settings, "collaborative": pipeline.teachers_of(arguments.after)}
     settings = override(settings, arguments.overrides)
     data = settings.get("data") if arguments.data is None else arguments.data
     if data is None:

@@ -1,14 +1,10 @@
-"""A generative recommender and the one that it learned from, asked together: they err in different places.
-
-Together they recommend, and together they can teach the next policy.
-"""
+"""A generative recommender and the one that it learned from, asked together: they err in different places."""
 
 from __future__ import annotations
 
 import math
 import time
 from dataclasses import replace
-from functools import cached_property
 from numbers import Real
 from typing import Any
 
@@ -17,7 +13,7 @@ from torch import Tensor
 
 from gflowgr import ops
 from gflowgr.backbones import GenerativeRecommender
-from gflowgr.collaborative import CollaborativeModel, ExamplesLike, Recommender
+from gflowgr.collaborative import ExamplesLike, Recommender
 from gflowgr.contexts import Contexts
 from gflowgr.decoding import evaluating
 from gflowgr.generation import Generated, generate, target_log_probs
@@ -27,67 +23,6 @@ from gflowgr.trie import PrefixTrie
 
 # Items whose logits are there at a time, each of as many rows as it has tokens.
 _ITEMS_AT_ONCE = 512
-# Contexts that a policy writes items for at a time while it teaches.
-_CONTEXTS_AT_ONCE = 512
-_TINY = torch.finfo(torch.float32).tiny
-
-
-class PolicyAndTeacher:
-    """What teaches a second round: a policy, and the recommender that it learned from.
-
-    The scores are logs of `(1 - w) P_F + w P_C`, as in `generate_together`, but that P_F is known for the
-    policy's `num_beams` best items and 0 elsewhere: of the others a reward or a draw knows what the
-    recommender says.
-
-    Args:
-        policy: of the first round; put in evaluation mode, for good.
-        teacher: of the same catalogue, one whose scores are those of a distribution.
-        teacher_weight: w, above 0, up to 1.
-        num_beams: items of the policy a context.
-
-    Raises:
-        TypeError, ValueError: an argument cannot serve, or the two are of different catalogues.
-    """
-
-    def __init__(
-        self,
-        policy: GenerativeRecommender,
-        teacher: CollaborativeModel,
-        *,
-        teacher_weight: float = 0.5,
-        num_beams: int = 32,
-    ) -> None:
-        _check(policy, teacher, teacher_weight)
-        if teacher_weight == 0:
-            raise ValueError("teacher_weight is 0, needs to be above: the policy knows its best items alone")
-        self.policy = policy.eval().requires_grad_(False)
-        self.teacher = teacher
-        self.teacher_weight = teacher_weight
-        self.num_items = teacher.num_items
-        self.num_beams = min(at_least("num_beams", num_beams, 1), self.num_items)
-
-    @torch.no_grad()
-    def scores(self, histories: Tensor) -> Tensor:
-        """(B, H) item ids, oldest first, right-padded with -1 -> (B, N) float32."""
-        mixed = self.teacher.scores(histories).softmax(1).mul_(self.teacher_weight)
-        device = self.policy.device
-        with torch.autocast(device.type, enabled=False):
-            written = generate(
-                self.policy,
-                histories.to(device),
-                num_items=self.num_beams,
-                num_beams=self.num_beams,
-                batch_size=_CONTEXTS_AT_ONCE,
-            ).to(mixed.device)
-        known = written.items.clamp(min=0)
-        share = (written.log_probs.to(mixed) - self._log_share.to(mixed)[known]).exp()
-        share = share.masked_fill(written.items < 0, 0) * (1 - self.teacher_weight)
-        return mixed.scatter_add_(1, known, share).clamp_(_TINY).log_()
-
-    @cached_property
-    def _log_share(self) -> Tensor:
-        every = torch.ones(1, self.num_items, dtype=torch.bool, device=self.policy.device)
-        return _log_share(self.policy.trie, every)[0]
 
 
 @torch.no_grad()
@@ -240,19 +175,21 @@ def _log_share(trie: PrefixTrie, available: Tensor) -> Tensor:
     return count.index_add(1, node, available.float())[:, node].clamp(min=1).log()
 
 
-def _check(recommender: GenerativeRecommender, teacher: CollaborativeModel, teacher_weight: float) -> None:
-    if not isinstance(recommender, GenerativeRecommender):
-        raise TypeError(f"recommender is a {type(recommender).__name__}, needs a GenerativeRecommender")
-    if not isinstance(teacher, CollaborativeModel):
-        raise TypeError(f"teacher is a {type(teacher).__name__}, needs a Recommender")
+def _check(recommender: GenerativeRecommender, teacher: Recommender, teacher_weight: float) -> None:
+    for name, value, kind in (
+        ("recommender", recommender, GenerativeRecommender),
+        ("teacher", teacher, Recommender),
+    ):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} is a {type(value).__name__}, needs a {kind.__name__}")
     if isinstance(teacher_weight, bool) or not isinstance(teacher_weight, Real):
         raise TypeError(f"teacher_weight is {teacher_weight!r}, needs a number")
     if not 0 <= teacher_weight <= 1:
         raise ValueError(f"teacher_weight is {teacher_weight!r}, needs to be from 0 to 1")
-    if not getattr(teacher, "is_distribution", False):
+    if not teacher.is_distribution:
         raise ValueError(
-            f"teacher is {getattr(teacher, 'name', type(teacher).__name__)}, whose scores are no "
-            "distribution, needs sasrec, mixture or popularity"
+            f"teacher is {teacher.name}, whose scores are no distribution, needs sasrec, mixture or "
+            "popularity"
         )
     if teacher.num_items != recommender.semantic_ids.num_items:
         raise ValueError(

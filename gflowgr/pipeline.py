@@ -448,7 +448,7 @@ def fit(
             parts.validation,
             reward_model=reward,
             sampler=sampler,
-            collaborative=plan.build_teacher(scorer, rows, config.device),
+            collaborative=plan.share_prefixes(scorer, rows),
             callbacks=list(callbacks),
         )
         if callbacks:
@@ -658,26 +658,12 @@ def recommend(
     return [items.titles[item] for item in found], recommendations
 
 
-def teachers_of(run: PathLike) -> dict[str, str]:
-    """The settings `collaborative` of a second round: the run's model, and the recommender that taught it.
-
-    Raises:
-        FileNotFoundError: the folder is no run's, or no recommender was asked in it.
-    """
-    path = _run_folder(run)
-    return {"path": str(_teachers_file(path)), "policy": str(path)}
-
-
-def _teachers_file(run: Path) -> Path:
-    if not (run / COLLABORATIVE).is_file():
-        raise FileNotFoundError(f"{run} has no {COLLABORATIVE}: no other recommender was asked in it")
-    return run / COLLABORATIVE
-
-
 def _teacher_of(run: Path, device: torch.device) -> Recommender:
     from gflowgr import collaborative
 
-    teacher = collaborative.load(_teachers_file(run))
+    if not (run / COLLABORATIVE).is_file():
+        raise FileNotFoundError(f"{run} has no {COLLABORATIVE}: no other recommender was asked in it")
+    teacher = collaborative.load(run / COLLABORATIVE)
     return teacher.to(device) if isinstance(teacher, collaborative.TRAINED) else teacher
 
 

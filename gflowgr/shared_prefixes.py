@@ -20,7 +20,6 @@ class SharedPrefixes:
         self.model = model
         self.sasrec = model.sasrec if isinstance(model, Mixture) else model
         self.num_items = model.num_items
-        self.name, self.is_distribution = model.name, model.is_distribution
 
     @torch.no_grad()
     def scores(self, histories: Tensor) -> Tensor:

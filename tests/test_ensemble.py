@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gflowgr.backbones import GenerativeRecommender, build_decoder, build_t5
 from gflowgr.collaborative import ItemKNN, Popularity, Recommender
-from gflowgr.ensemble import PolicyAndTeacher, generate_together, rank_together
+from gflowgr.ensemble import generate_together, rank_together
 from gflowgr.generation import generate, score_all
 from gflowgr.semantic_ids import SemanticIds
 
@@ -201,31 +201,3 @@ def test_errors_name_the_argument(recommender: GenerativeRecommender, teacher: F
         empty = torch.zeros(NUM_ITEMS + 1, dtype=torch.int64).numpy()
         neighbours = ItemKNN(empty, empty[:0], empty[:0].astype("float32"), num_items=NUM_ITEMS, recency=0.6)
         generate_together(recommender, neighbours, history)
-
-
-@pytest.mark.parametrize("weight", [0.3, 1.0])
-def test_a_second_rounds_scores_are_the_mixture_where_the_policy_was_asked(
-    recommender: GenerativeRecommender, teacher: Fixed, weight: float
-) -> None:
-    history = some_histories(3)
-    exact = defined(recommender, teacher, history, weight, False)
-    everything = PolicyAndTeacher(recommender, teacher, teacher_weight=weight, num_beams=NUM_ITEMS)
-    torch.testing.assert_close(everything.scores(history).double().exp(), exact, rtol=1e-5, atol=1e-7)
-    best = generate(recommender, history, num_items=4, num_beams=4).items
-    found = PolicyAndTeacher(recommender, teacher, teacher_weight=weight, num_beams=4).scores(history)
-    known = torch.zeros_like(exact, dtype=torch.bool).scatter_(1, best, True)
-    expected = torch.where(known, exact, weight * teacher.scores(history).double().softmax(1))
-    torch.testing.assert_close(found.double().exp(), expected, rtol=1e-5, atol=1e-7)
-    assert found.dtype == torch.float32
-
-
-def test_a_second_round_needs_a_teacher_of_the_same_catalogue(
-    recommender: GenerativeRecommender, teacher: Fixed
-) -> None:
-    other = Popularity(torch.arange(NUM_ITEMS + 1))
-    with pytest.raises(ValueError, match=rf"teacher has {NUM_ITEMS + 1} items, needs {NUM_ITEMS}"):
-        PolicyAndTeacher(recommender, other)
-    with pytest.raises(ValueError, match="teacher_weight is 0, needs to be above"):
-        PolicyAndTeacher(recommender, teacher, teacher_weight=0)
-    with pytest.raises(ValueError, match="num_beams is 0"):
-        PolicyAndTeacher(recommender, teacher, num_beams=0)

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import TrainerCallback
 
-from gflowgr import collaborative, pipeline
+from gflowgr import pipeline
 from gflowgr.adaptive import WeightSchedule
 from gflowgr.assembly import SECTIONS, Plan
 from gflowgr.backbones import GenerativeRecommender
@@ -528,48 +528,6 @@ def test_training_goes_on_from_a_run(prepared: Path, trained: pipeline.TrainedRu
     )
     run = pipeline.train(prepared, tmp_path / "run", settings)
     assert run.test.summary() == pytest.approx(trained.test.summary(), rel=1e-5, nan_ok=True)
-
-
-def test_a_second_round_learns_from_the_run_and_its_recommender(prepared: Path, tmp_path: Path) -> None:
-    rolled = ["training.rollout_share=.5", "training.rollout_reuse=2", "training.reward_candidates=8"]
-    pairs = ["collaborative={model: sasrec, epochs: 2}", *rolled, "training.max_steps=4"]
-    reward = "reward={fusion: mixture, terms: {collaborative: {normalisation: softmax}, interaction: {}}}"
-    settings = override(SMALL, [*pairs, reward, "contexts=histories", "training.eval_steps=2"])
-    first = pipeline.train(prepared, tmp_path / "first", settings)
-    again = {**settings, "collaborative": pipeline.teachers_of(first.path)}
-    second = pipeline.train(prepared, tmp_path / "second", again)
-    history = torch.arange(6).view(3, 2)
-    loaded = (collaborative.load(run.path / pipeline.COLLABORATIVE) for run in (first, second))
-    assert torch.equal(*(teacher.scores(history) for teacher in loaded))
-    # Its policy is one of the teachers, so that with another weight something else is learned.
-    other = override(again, ["collaborative.policy_weight=.1"])
-    third = pipeline.train(prepared, tmp_path / "third", other)
-    losses = [[entry["loss"] for entry in run.history if "loss" in entry] for run in (second, third)]
-    assert losses[0] != losses[1]
-    pipeline.evaluate(second.path, teacher_weight=0.5)
-
-
-@pytest.mark.parametrize(
-    ("given", "error", "message"),
-    [
-        ({"policy": "nowhere"}, FileNotFoundError, "collaborative.policy: nowhere is no run's folder"),
-        ({"policy_weight": 0.5}, ValueError, "needs collaborative.policy beside it"),
-        ({"policy": "nowhere", "policy_weight": 1}, ValueError, "policy_weight is 1, needs a number between"),
-    ],
-)
-def test_a_bad_second_round_is_refused(
-    given: dict[str, Any], error: type[Exception], message: str, prepared: Path, tmp_path: Path
-) -> None:
-    settings = {**SMALL, "collaborative": {"model": "sasrec", **given}}
-    with pytest.raises(error, match=message):
-        pipeline.train(prepared, tmp_path / "run", settings)
-
-
-def test_a_run_without_a_recommender_has_no_second_round(prepared: Path, tmp_path: Path) -> None:
-    settings = override(SMALL, ["training.objective=sft", "training.max_steps=1", "training.eval_steps=1"])
-    run = pipeline.train(prepared, tmp_path / "run", settings)
-    with pytest.raises(FileNotFoundError, match="no other recommender was asked in it"):
-        pipeline.teachers_of(run.path)
 
 
 RULE_AND_SIMILARITY = ["reward.fusion=sum", "reward.terms={interaction: {}, similarity: {}}"]

@@ -123,6 +123,10 @@ class TestCells:
         total = start.budget["total_seconds"] + continued.budget["seconds"]
         assert continued.budget["total_seconds"] == pytest.approx(total, abs=0.11)
 
+    def test_the_budget_counts_what_two_are_built_on_once(self) -> None:
+        behind = {"gflowgr", "mixture", "sasrec", "item-knn"}
+        assert cells._everything_behind("gflowgr-ensemble") == behind
+
     def test_what_a_row_is_built_on_has_to_be_there(self, place: Place) -> None:
         with pytest.raises(FileNotFoundError, match="gflowgr needs mixture of seed 0 first"):
             run(place, "gflowgr")

@@ -114,8 +114,6 @@ def settings_of(row_name: str, data_set: DataSet, seed: int, place: Place) -> di
     if row.teacher is not None:
         path = place.checkpoint(data_set.name, row.teacher, seed)
         settings["collaborative"] = {"path": str(path)}
-    if row.policy is not None:
-        settings["collaborative"]["policy"] = str(place.checkpoint(data_set.name, row.policy, seed))
     return merge(settings, chosen_settings(row.like or row_name, data_set.name, place.results))
 
 

@@ -24,7 +24,6 @@ class Row:
         settings: what distinguishes it, as `gflowgr.assembly.Plan` takes it.
         start: the row whose checkpoint it starts from.
         teacher: the row whose recommender is behind its reward, sampler or rollouts.
-        policy: the row whose model is so, too, in a second round.
         grid: settings to choose from on the validation part: dotted name -> values.
         like: the row whose choice it shares, where it has no grid of its own.
     """
@@ -33,13 +32,12 @@ class Row:
     settings: Mapping[str, Any] = field(default_factory=dict)
     start: str | None = None
     teacher: str | None = None
-    policy: str | None = None
     grid: Mapping[str, list[Any]] = field(default_factory=dict)
     like: str | None = None
 
     @property
     def built_on(self) -> list[str]:
-        return [row for row in (self.start, self.teacher, self.policy) if row is not None]
+        return [row for row in (self.start, self.teacher) if row is not None]
 
     def points(self) -> list[dict[str, Any]]:
         """Every combination of the grid."""
@@ -213,7 +211,6 @@ ROWS: dict[str, Row] = {
         "decoder", {**GFLOWGR, "collaborative": {"model": "sasrec"}}, teacher="sasrec", like="gflowgr"
     ),
     "gflowgr": Row("decoder", GFLOWGR, teacher="mixture", grid=_GFLOWGR_GRID),
-    "gflowgr-second": Row("decoder", GFLOWGR, teacher="mixture", policy="gflowgr", like="gflowgr"),
     "gflowgr-longer": Row("decoder", _longer(GFLOWGR), teacher="mixture", like="gflowgr"),
     "gflowgr-ensemble": Row("ensemble", start="gflowgr", teacher="mixture"),
     "gflowgr-tb-n1": _paper(num_trajectories=1),
