@@ -40,7 +40,6 @@ class Case:
     `only_backend` is that of an op without a choice.
     `verify` replaces the comparison with `definition`, `builds_trie` says that the memory is the trie's.
     `decodes` marks a step of decoding, whose rows may be asked to stand at one depth.
-    `captured` says that it is timed inside a CUDA graph, too.
     `rounds_logits` marks results that cannot be more exact than logits in the inputs' dtype.
     """
 
@@ -60,7 +59,6 @@ class Case:
     verify: Callable[[Call, Problem, Inputs], None] | None = None
     builds_trie: bool = False
     decodes: bool = False
-    captured: bool = True
 
     def offered(self, problem: Problem) -> tuple[dict[str, Baseline], list[str]]:
         """The baselines that run here, and for each other one its name and why not."""

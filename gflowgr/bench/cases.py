@@ -117,7 +117,6 @@ _ALL_CASES = (
         ("hidden", "weight"),
         operations=traffic.head_operations,
         rounds_logits=True,
-        captured=False,
     ),
     Case(
         "trie_trajectory_balance",

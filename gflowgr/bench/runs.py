@@ -91,7 +91,7 @@ def measure(
             (direction, name): taken
             for name, taken in timing.paired_rounds(calls, sets, rounds, seconds, cuda).items()
         }
-        if cuda and case.captured:
+        if cuda:
             replays = _replayed(f"{case.op}, {direction}", calls, sets, problem, rounds, seconds)
             times |= {(direction + GRAPH, name): taken for name, taken in replays.items()}
         least = limits.least_ms(case, problem, sets[0], backward)
