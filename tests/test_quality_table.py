@@ -120,21 +120,25 @@ def test_one_seed_has_no_deviation_and_a_metric_that_a_seed_lacks_no_mean() -> N
 def test_rows_stand_in_the_order_of_the_field() -> None:
     rows = ["zebra", "lora-sft", "gflowgr-tb-n1", "gflowgr", "t5-gflowgr", "t5-sft", "s-dpo", "item-kl"]
     rows += ["sft-rollouts", "sft", "sasrec", "item-knn", "popularity", "gflowgr-tb", "t5-zebra", "dpo"]
+    rows += ["gflowgr-unseen", "sft-unseen", "gflowgr-longer-unseen"]
     table = make_table("scientific", [a_cell(row) for row in rows])
     assert [line.row for line in table.lines] == [
         "popularity", "item-knn", "sasrec", "sft", "sft-rollouts", "dpo", "s-dpo", "item-kl", "gflowgr-tb",
-        "gflowgr", "gflowgr-tb-n1", "t5-sft", "t5-gflowgr", "lora-sft", "t5-zebra", "zebra",
+        "gflowgr", "gflowgr-tb-n1", "t5-sft", "t5-gflowgr", "lora-sft",
+        "sft-unseen", "gflowgr-unseen", "gflowgr-longer-unseen", "t5-zebra", "zebra",
     ]  # fmt: skip
 
 
 def test_each_backbone_has_its_own_baseline_and_each_row_its_teacher() -> None:
     ranks = {"sft": 0, "t5-sft": 1, "lora-sft": 2, "sasrec": 3, "item-knn": 4, "mixture": 5}
+    ranks |= {"sft-unseen": 7, "mixture-unseen": 8}
     cells = [a_cell(row, 0, RNG_RANKS[index]) for row, index in ranks.items()]
     built = {
         "gflowgr": (["sasrec", "item-knn", "mixture"], "sft", "mixture"),
         "gflowgr-flows": (["item-knn"], "sft", "item-knn"),
         "t5-gflowgr": (["t5-sft", "sasrec"], "t5-sft", "sasrec"),
         "lora-gflowgr": (["lora-sft"], "lora-sft", "sasrec"),
+        "gflowgr-unseen": (["gflowgr"], "sft-unseen", "mixture-unseen"),
     }
     cells += [a_cell(row, 0, RNG_RANKS[6], built_on=names) for row, (names, _, _) in built.items()]
     table = make_table("scientific", cells)

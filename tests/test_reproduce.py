@@ -16,10 +16,13 @@ import numpy as np
 import pandas
 import pytest
 import torch
+from torch import Tensor
 
+from gflowgr import ensemble, trainer
 from gflowgr.adaptive import WeightSchedule
 from gflowgr.assembly import Plan
 from gflowgr.data import split
+from gflowgr.metrics import Metrics, ranking_metrics
 from gflowgr.quality import cells, grids, tuning
 from gflowgr.quality.cells import Place
 from gflowgr.quality.data import DATA_SETS, DataSet
@@ -89,6 +92,7 @@ def before(row: str) -> list[str]:
 
 # One of each kind that does something of its own; the rest of the table differs in settings alone.
 KINDS = ["popularity", "item-knn", "ensemble", "sft-smoothed", "sft-rollouts", "sprec", "grpo", "gflowgr"]
+KINDS += ["mixture-unseen", "sft-unseen", "ensemble-unseen"]
 
 
 class TestCells:
@@ -108,6 +112,28 @@ class TestCells:
     @pytest.mark.parametrize("row", [name for name in ROWS if name not in KINDS])
     def test_every_other_row_runs(self, place: Place, row: str) -> None:
         run(place, *before(row), row)
+
+    @pytest.mark.parametrize("row", ["sasrec", "sft", "ensemble"])
+    def test_lists_without_the_history_have_nothing_of_it(
+        self, place: Place, row: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run(place, *before(row), row)
+        seen = []
+
+        def measure(items: Tensor, target: Tensor, **options: Any) -> Metrics:
+            history = (parts.validation, parts.test)[len(seen) % 2].history
+            shown = (items.cpu()[:, :, None] == history[:, None, :]) & (history >= 0)[:, None, :]
+            seen.append(bool(shown.any()))
+            return ranking_metrics(items, target, **options)
+
+        parts = split(TINY.load(place.data, place.work).log, max_history=cells.MAX_HISTORY)
+        for module in (cells, trainer, ensemble):
+            monkeypatch.setattr(module, "ranking_metrics", measure)
+        run(place, f"{row}-unseen")
+        assert seen == [False, False]
+        if row != "sft":
+            run(place, row)
+            assert seen[2:] == [True, True]
 
     def test_weights_that_adapt_are_kept_of_every_step(self, place: Place) -> None:
         run(place, *before("gflowgr-tb-adaptive"), "gflowgr-tb-adaptive")
@@ -399,7 +425,8 @@ def test_rows_are_built_on_rows() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name, row in ROWS.items() if row.kind not in ("scorer", "mixture", "ensemble")]
+    "name",
+    [name for name, row in ROWS.items() if row.kind not in ("scorer", "mixture", "ensemble", "unseen")],
 )
 def test_the_settings_of_a_row_are_a_plan(name: str, place: Place) -> None:
     settings = cells.settings_of(name, TINY, 0, place)

@@ -17,6 +17,7 @@ from gflowgr.adaptive import WeightSchedule
 from gflowgr.backbones import GenerativeRecommender
 from gflowgr.bench.table import machine
 from gflowgr.collaborative import Recommender
+from gflowgr.config import GFlowGRConfig
 from gflowgr.data import Examples, Split, split
 from gflowgr.ensemble import rank_together
 from gflowgr.folders import DataFolder, remove
@@ -27,6 +28,7 @@ from gflowgr.quality.results import SCHEDULES, Cell, save_users
 from gflowgr.quality.rows import ROWS
 from gflowgr.recipes import SFT
 from gflowgr.settings import merge
+from gflowgr.trainer import GFlowGRTrainer
 
 PLACES = 10
 MAX_HISTORY = 20
@@ -92,8 +94,11 @@ def settings_of(row_name: str, data_set: DataSet, seed: int, place: Place) -> di
     row = ROWS[row_name]
     if row.kind in ("scorer", "mixture"):
         return merge(row.settings, chosen_settings(row_name, data_set.name, place.results))
+    if row.kind == "unseen":
+        return dict(row.settings)
     if row.kind == "ensemble":
-        return {"weights": {row.start: 0.5, row.teacher: 0.5}, "candidates": _CANDIDATES}
+        weights = {row.start: 0.5, row.teacher: 0.5}
+        return {"weights": weights, "candidates": _CANDIDATES, **row.settings}
     common = merge(_COMMON, {"training": {"seed": seed, "use_cpu": device().type == "cpu"}})
     if row.kind == "further":
         assert row.start is not None
@@ -132,7 +137,12 @@ def run(row_name: str, data_set: DataSet, seed: int, place: Place) -> Cell:
     for needed in row.built_on:
         if not place.checkpoint(data_set.name, needed, seed).exists():
             raise FileNotFoundError(f"{row_name} needs {needed} of seed {seed} first")
-    kinds = {"scorer": _run_scorer, "mixture": _run_scorer, "ensemble": _run_ensemble}
+    kinds = {
+        "scorer": _run_scorer,
+        "mixture": _run_scorer,
+        "ensemble": _run_ensemble,
+        "unseen": _rank_unseen,
+    }
     measure = kinds.get(row.kind, _run_model)
     measured = measure(row_name, data_set, seed, place, settings, folder)
     cell = _cell(row_name, data_set, seed, place, settings, folder, measured)
@@ -206,13 +216,19 @@ def fit_scorer(settings: Mapping[str, Any], folder: DataFolder, seed: int) -> Re
     )
 
 
-def _rank_scores(model: Recommender, part: Examples, folder: DataFolder) -> Metrics:
+def _rank_scores(
+    model: Recommender, part: Examples, folder: DataFolder, exclude_history: bool = False
+) -> Metrics:
     assert folder.semantic_ids is not None
     best, of_target = [], []
     for rows in torch.arange(len(part)).split(1024):
-        scores = model.scores(part.history[rows])
-        best.append(scores.topk(PLACES).indices)
+        history = part.history[rows]
+        scores = model.scores(history)
         of_target.append(scores.log_softmax(1).gather(1, part.target[rows, None])[:, 0])
+        if exclude_history:
+            row, place = (history >= 0).nonzero(as_tuple=True)
+            scores[row, history[row, place]] = -torch.inf
+        best.append(scores.topk(PLACES).indices)
     return ranking_metrics(
         torch.cat(best),
         part.target,
@@ -298,10 +314,38 @@ def _run_ensemble(
             teacher_weight=settings["weights"][teacher],
             num_items=PLACES,
             num_beams=settings["candidates"],
+            exclude_history=settings.get("exclude_history", False),
         )
         for part in (parts.validation, parts.test)
     )
     return _Measured(parts, validation, test)
+
+
+def _rank_unseen(
+    row: str, data_set: DataSet, seed: int, place: Place, settings: Mapping[str, Any], folder: DataFolder
+) -> _Measured:
+    start = ROWS[row].start
+    assert start is not None
+    checkpoint = place.checkpoint(data_set.name, start, seed)
+    parts = split(folder.log, max_history=MAX_HISTORY)
+    if ROWS[start].kind in ("scorer", "mixture"):
+        scorer = collaborative.load(checkpoint)
+        if isinstance(scorer, collaborative.TRAINED):
+            scorer.to(device())
+        validation, test = (
+            _rank_scores(scorer, part, folder, **settings) for part in (parts.validation, parts.test)
+        )
+        return _Measured(parts, validation, test)
+    args = GFlowGRConfig(
+        str(checkpoint),
+        objective="sft",
+        eval_num_items=PLACES,
+        use_cpu=device().type == "cpu",
+        report_to="none",
+        **settings,
+    )
+    trainer = GFlowGRTrainer(GenerativeRecommender.load(checkpoint / pipeline.CHECKPOINT), args)
+    return _Measured(parts, trainer.rank(parts.validation), trainer.rank(parts.test))
 
 
 def _cell(

@@ -20,7 +20,7 @@ class Row:
             `teacher`; "decoder", "wide" (twice as wide), "large" (deeper, too) and "t5" a model from scratch;
             "further" a model
             that goes on from the checkpoint of `start`; "ensemble" the mean of the probabilities of `start`
-            and `teacher`.
+            and `teacher`; "unseen" what `start` is, in lists without the items of the history.
         settings: what distinguishes it, as `gflowgr.assembly.Plan` takes it.
         start: the row whose checkpoint it starts from.
         teacher: the row whose recommender is behind its reward, sampler or rollouts.
@@ -28,7 +28,7 @@ class Row:
         like: the row whose choice it shares, where it has no grid of its own.
     """
 
-    kind: Literal["scorer", "mixture", "decoder", "wide", "large", "t5", "further", "ensemble"]
+    kind: Literal["scorer", "mixture", "decoder", "wide", "large", "t5", "further", "ensemble", "unseen"]
     settings: Mapping[str, Any] = field(default_factory=dict)
     start: str | None = None
     teacher: str | None = None
@@ -43,6 +43,9 @@ class Row:
         """Every combination of the grid."""
         combinations = itertools.product(*self.grid.values())
         return [dict(zip(self.grid, values, strict=True)) for values in combinations]
+
+
+EXCLUDING = {"exclude_history": True}
 
 
 def _scorer(model: str, **options: Any) -> Row:
@@ -245,6 +248,14 @@ ROWS: dict[str, Row] = {
         teacher="sasrec",
     ),
 }
+
+# Lists without the items of the history, as a shop shows them where nobody takes an item twice.
+_RANKED_TWICE = [
+    *("item-knn", "sasrec", "mixture", "sft", "sft-longer", "sft-continued", "sft-rollouts"),
+    *("dpo", "s-dpo", "grpo", "gflowgr-sasrec-teacher", "gflowgr", "gflowgr-longer"),
+]
+ROWS |= {f"{row}-unseen": Row("unseen", EXCLUDING, start=row) for row in _RANKED_TWICE}
+ROWS |= {f"{row}-unseen": replace(ROWS[row], settings=EXCLUDING) for row in ("ensemble", "gflowgr-ensemble")}
 
 # The table's own rows, without ablations and other backbones.
 MAIN = [name for name in ROWS if not name.startswith(("gflowgr-tb-", "t5-", "wide-", "large-", "lora-"))]

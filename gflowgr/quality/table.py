@@ -24,6 +24,8 @@ ORDER = (
     "item-kl", "gflowgr-tb", "gflowgr-db", "gflowgr-vargrad", "gflowgr-subtb", "gflowgr-flows",
     "gflowgr-sasrec", "gflowgr-within", "gflowgr-sasrec-teacher", "gflowgr",
 )  # fmt: skip
+# Rows of which the lists lack what a history has; they stand against one another.
+UNSEEN = "-unseen"
 BACKBONES = ("", "t5-", "lora-")
 # A mixture is made of the others, so that it is the teacher where it stands beside them.
 TEACHERS = ("mixture", TEACHER, "item-knn")
@@ -139,11 +141,13 @@ def _place(row: str) -> tuple[int, int, int, str]:
     """Where a row stands: known ones by backbone and `ORDER`, then variants of GFlowGR, others last."""
     prefix = backbone_of(row)
     name = row[len(prefix) :]
+    if name.endswith(UNSEEN):
+        return 1, *_place(row.removesuffix(UNSEEN))[1:]
     if name in ORDER:
         return 0, BACKBONES.index(prefix), ORDER.index(name), ""
     if name.startswith(f"{SUBJECT}-"):
         return 0, BACKBONES.index(prefix), len(ORDER), name
-    return 1, 0, 0, row
+    return 2, 0, 0, row
 
 
 def backbone_of(row: str) -> str:
@@ -153,7 +157,9 @@ def backbone_of(row: str) -> str:
 
 def _line(row: str, rows: Mapping[str, list[Cell]]) -> Line:
     cells = rows[row]
-    baseline, teacher = backbone_of(row) + BASELINE, teacher_of(cells)
+    unseen = UNSEEN if row.endswith(UNSEEN) else ""
+    plain = rows.get(row.removesuffix(UNSEEN), cells)
+    baseline, teacher = backbone_of(row) + BASELINE + unseen, teacher_of(plain) + unseen
     budget = {name: statistics.fmean(cell.budget[name] for cell in cells) for name in cells[0].budget}
     return Line(
         row,
