@@ -324,7 +324,9 @@ def _add_evaluate(commands: Any) -> None:
         "evaluate",
         _evaluate,
         "measure a run's recommendations on held-out users",
-        "Ranks the whole catalogue for each user and prints each metric with its 95 %% confidence interval.",
+        "Ranks the whole catalogue for each user and prints each metric with its 95 %% confidence interval. "
+        "Lists may hold items of the history, as is usual in papers; with training.exclude_history=true they "
+        "do not, as those of 'gflowgr recommend': better where nobody takes an item twice.",
         "gflowgr evaluate runs/first --part test training.exclude_history=true",
     )
     parser.add_argument("run_folder", metavar="run", help="a folder that 'gflowgr train' made")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from threading import Barrier
 from time import sleep
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -160,6 +162,8 @@ class TestCells:
     def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_been(
         self, place: Place, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        # Every step takes a second.
+        monkeypatch.setattr(cells, "time", SimpleNamespace(process_time=itertools.count().__next__))
         run(place, "sft")
         whole = load_cells(place.results / "tiny")[0]
         shutil.rmtree(place.work)
@@ -175,6 +179,7 @@ class TestCells:
         run(place, "sft")
         again = load_cells(place.results / "tiny")[0]
         assert dict(again.test) == dict(whole.test)
+        assert again.budget["seconds"] == whole.budget["seconds"] == whole.budget["steps"] == 2
         assert (again.test_rank == whole.test_rank).all()
         assert not list(place.work.glob("tiny/*.partial"))
 

@@ -243,12 +243,19 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+_CLOCK = "processor_seconds"
+
+
 class Clock(transformers.TrainerCallback):
-    """Processor time of the steps alone, and a line at each evaluation."""
+    """Processor time of the steps alone, with those before a kill, and a line at each evaluation."""
 
     def __init__(self, title: str) -> None:
         self.title = title
         self.seconds = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # A checkpoint's log comes back with it.
+        self.seconds = max((entry[_CLOCK] for entry in state.log_history if _CLOCK in entry), default=0.0)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.began = time.process_time()
@@ -257,6 +264,7 @@ class Clock(transformers.TrainerCallback):
         self.seconds += time.process_time() - self.began
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        state.log_history.append({_CLOCK: self.seconds, "step": state.global_step})
         found = (metrics or {}).get(f"eval_ndcg@{PLACES}")
         if found is not None:
             print(
