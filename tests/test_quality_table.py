@@ -169,6 +169,13 @@ def test_the_best_of_each_column_is_bold() -> None:
     assert best["gflowgr"] == {"R@5", "R@10", "N@5", "N@10", "coverage@10", "diversity@10"}
     assert best["sft"] == {"gini@10", "coverage@10", "diversity@10"}
     text = markdown(table)
+    # Lists without the history stand against each other: the only one is the best, and takes nothing away.
+    high = {**metrics_of(upper), "gini@10": 0.25}
+    both = make_table("scientific", [*cells, a_cell("sft-unseen", 0, upper, test=high)])
+    for line in both.lines:
+        found = {t for t, e in zip(titles, entries(both, line), strict=True) if e.best}
+        assert line.unseen == (line.row == "sft-unseen")
+        assert found == ({*best["gflowgr"], "gini@10"} if line.unseen else best[line.row])
     row = next(line for line in text.splitlines() if line.startswith("| gflowgr "))
     assert row.count("**1.000**") == 4
     assert "**.7500**" not in text

@@ -63,7 +63,7 @@ def write_figures(tables: Sequence[Table], results: Path, folder: Path) -> list[
 
 def overview(table: Table) -> Figure:
     """NDCG@10 and coverage@10 of every row but the ablations, means and deviations over seeds, best first."""
-    lines = [line for line in table.lines if not line.row.startswith("gflowgr-tb-")]
+    lines = [line for line in table.lines if not line.row.startswith("gflowgr-tb-") and not line.unseen]
     lines = [line for line in lines if line.metrics[DECIDING] is not None]
     lines.sort(key=lambda line: -_mean(line.metrics[DECIDING]))
     figure, row = axes_side_by_side(8.0, 0.6 + 0.23 * len(lines), len(SHOWN))

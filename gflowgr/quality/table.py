@@ -66,6 +66,11 @@ class Line:
     teacher: str
     over_teacher: Paired | None
 
+    @property
+    def unseen(self) -> bool:
+        """Whether its lists lack what a history has."""
+        return self.row.endswith(UNSEEN)
+
 
 @dataclass(frozen=True)
 class Table:
@@ -79,9 +84,9 @@ class Table:
     def line(self, row: str) -> Line | None:
         return next((line for line in self.lines if line.row == row), None)
 
-    def best(self, metric: str) -> float | None:
-        """The best mean of a metric among the lines."""
-        spreads = [line.metrics[metric] for line in self.lines]
+    def best(self, metric: str, unseen: bool = False) -> float | None:
+        """The best mean of a metric among the lines that are `unseen`, or among the others."""
+        spreads = [line.metrics[metric] for line in self.lines if line.unseen == unseen]
         means = [spread.mean for spread in spreads if spread is not None]
         if not means:
             return None

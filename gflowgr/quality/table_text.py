@@ -24,9 +24,9 @@ NOTE = (
     "Test part; mean ± standard deviation over seeds, the best mean bold. Differences are in "
     "N@10 over the seeds that both rows have, with the 95% paired bootstrap interval over users; t5- and "
     "lora- rows stand against the sft of their kind, and each row against the teacher that it learned from, "
-    "sasrec if none is named. Steps, "
-    "contexts and seconds (of processor time) are those of one run, total seconds with all that it is built "
-    "on; they compare rows of one device alone."
+    "sasrec if none is named; rows that end in -unseen, whose lists lack what a history has, stand against "
+    "one another. Steps, contexts and seconds (of processor time) are those of one run, total seconds with "
+    "all that it is built on; they compare rows of one device alone."
 )
 
 
@@ -52,7 +52,7 @@ def entries(table: Table, line: Line) -> list[Entry]:
             shown.append(Entry(NONE))
             continue
         deviation = "" if spread.deviation is None else f" ± {number(spread.deviation)}"
-        shown.append(Entry(number(spread.mean) + deviation, spread.mean == table.best(metric)))
+        shown.append(Entry(number(spread.mean) + deviation, spread.mean == table.best(metric, line.unseen)))
     named = "" if line.teacher == TEACHER else f" {line.teacher}"
     shown.append(Entry(_difference(line.over_baseline)))
     shown.append(Entry(_difference(line.over_teacher) + (named if line.over_teacher else "")))
