@@ -45,7 +45,9 @@ class Row:
         return [dict(zip(self.grid, values, strict=True)) for values in combinations]
 
 
-EXCLUDING = {"exclude_history": True}
+# How the rows end whose lists lack the items of the history.
+UNSEEN = "-unseen"
+_EXCLUDING = {"exclude_history": True}
 
 
 def _scorer(model: str, **options: Any) -> Row:
@@ -254,8 +256,8 @@ _RANKED_TWICE = [
     *("item-knn", "sasrec", "mixture", "sft", "sft-longer", "sft-continued", "sft-rollouts"),
     *("dpo", "s-dpo", "grpo", "gflowgr-sasrec-teacher", "gflowgr", "gflowgr-longer"),
 ]
-ROWS |= {f"{row}-unseen": Row("unseen", EXCLUDING, start=row) for row in _RANKED_TWICE}
-ROWS |= {f"{row}-unseen": replace(ROWS[row], settings=EXCLUDING) for row in ("ensemble", "gflowgr-ensemble")}
+ROWS |= {row + UNSEEN: Row("unseen", _EXCLUDING, start=row) for row in _RANKED_TWICE}
+ROWS |= {row + UNSEEN: replace(ROWS[row], settings=_EXCLUDING) for row in ("ensemble", "gflowgr-ensemble")}
 
 # The table's own rows, without ablations and other backbones.
 MAIN = [name for name in ROWS if not name.startswith(("gflowgr-tb-", "t5-", "wide-", "large-", "lora-"))]

@@ -11,6 +11,7 @@ from gflowgr.page import listed, signed, signed_percent
 from gflowgr.quality.data import DATA_SETS
 from gflowgr.quality.pairing import Paired, paired_difference
 from gflowgr.quality.results import Cell, PathLike, load_cells
+from gflowgr.quality.rows import UNSEEN
 
 RESULTS = "benchmarks/results/quality"
 SUBJECT, BASELINE, TEACHER = "gflowgr", "sft", "sasrec"
@@ -24,8 +25,6 @@ ORDER = (
     "item-kl", "gflowgr-tb", "gflowgr-db", "gflowgr-vargrad", "gflowgr-subtb", "gflowgr-flows",
     "gflowgr-sasrec", "gflowgr-within", "gflowgr-sasrec-teacher", "gflowgr",
 )  # fmt: skip
-# Rows of which the lists lack what a history has; they stand against one another.
-UNSEEN = "-unseen"
 BACKBONES = ("", "t5-", "lora-")
 # A mixture is made of the others, so that it is the teacher where it stands beside them.
 TEACHERS = ("mixture", TEACHER, "item-knn")
@@ -162,6 +161,7 @@ def backbone_of(row: str) -> str:
 
 def _line(row: str, rows: Mapping[str, list[Cell]]) -> Line:
     cells = rows[row]
+    # Such rows stand against one another.
     unseen = UNSEEN if row.endswith(UNSEEN) else ""
     plain = rows.get(row.removesuffix(UNSEEN), cells)
     baseline, teacher = backbone_of(row) + BASELINE + unseen, teacher_of(plain) + unseen
