@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from gflowgr.quality.results import UNSEEN
 from gflowgr.recipes import GFLOWGR, OBJECTIVE, SFT
 from gflowgr.settings import merge
 
@@ -45,8 +46,6 @@ class Row:
         return [dict(zip(self.grid, values, strict=True)) for values in combinations]
 
 
-# How the rows end whose lists lack the items of the history.
-UNSEEN = "-unseen"
 _EXCLUDING = {"exclude_history": True}
 
 

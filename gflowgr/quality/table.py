@@ -10,8 +10,7 @@ from pathlib import Path
 from gflowgr.page import listed, signed, signed_percent
 from gflowgr.quality.data import DATA_SETS
 from gflowgr.quality.pairing import Paired, paired_difference
-from gflowgr.quality.results import Cell, PathLike, load_cells
-from gflowgr.quality.rows import UNSEEN
+from gflowgr.quality.results import UNSEEN, Cell, PathLike, load_cells
 
 RESULTS = "benchmarks/results/quality"
 SUBJECT, BASELINE, TEACHER = "gflowgr", "sft", "sasrec"
