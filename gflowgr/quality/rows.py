@@ -114,9 +114,11 @@ def _within(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**settings, "training": {**training, **budget}}
 
 
-def _longer(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with twice the steps."""
-    return merge(settings, {"training": {"num_train_epochs": 2 * settings["training"]["num_train_epochs"]}})
+def _longer(settings: Mapping[str, Any], times: int = 2) -> dict[str, Any]:
+    """The same with so many times the steps."""
+    return merge(
+        settings, {"training": {"num_train_epochs": times * settings["training"]["num_train_epochs"]}}
+    )
 
 
 _RANDOM = {"sampler": {"strategies": "random"}}
@@ -158,6 +160,7 @@ ROWS: dict[str, Row] = {
     "sft": Row("decoder", SFT, grid=_SFT_GRID),
     # Whether it was given too few steps.
     "sft-longer": Row("decoder", _longer(SFT), like="sft"),
+    "sft-longest": Row("decoder", _longer(SFT, times=4), like="sft"),
     "sft-continued": _further("sft"),
     "sft-smoothed": Row(
         "decoder",
@@ -216,6 +219,7 @@ ROWS: dict[str, Row] = {
     ),
     "gflowgr": Row("decoder", GFLOWGR, teacher="mixture", grid=_GFLOWGR_GRID),
     "gflowgr-longer": Row("decoder", _longer(GFLOWGR), teacher="mixture", like="gflowgr"),
+    "gflowgr-longest": Row("decoder", _longer(GFLOWGR, times=4), teacher="mixture", like="gflowgr"),
     "gflowgr-ensemble": Row("ensemble", start="gflowgr", teacher="mixture"),
     "gflowgr-tb-n1": _paper(num_trajectories=1),
     "gflowgr-tb-n5": _paper(num_trajectories=5),
@@ -252,8 +256,8 @@ ROWS: dict[str, Row] = {
 
 # Lists without the items of the history, as a shop shows them where nobody takes an item twice.
 _RANKED_TWICE = [
-    *("item-knn", "sasrec", "mixture", "sft", "sft-longer", "sft-continued", "sft-rollouts"),
-    *("dpo", "s-dpo", "grpo", "gflowgr-sasrec-teacher", "gflowgr", "gflowgr-longer"),
+    *("item-knn", "sasrec", "mixture", "sft", "sft-longer", "sft-longest", "sft-continued", "sft-rollouts"),
+    *("dpo", "s-dpo", "grpo", "gflowgr-sasrec-teacher", "gflowgr", "gflowgr-longer", "gflowgr-longest"),
 ]
 ROWS |= {row + UNSEEN: Row("unseen", _EXCLUDING, start=row) for row in _RANKED_TWICE}
 ROWS |= {row + UNSEEN: replace(ROWS[row], settings=_EXCLUDING) for row in ("ensemble", "gflowgr-ensemble")}
