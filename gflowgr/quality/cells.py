@@ -98,7 +98,7 @@ def settings_of(row_name: str, data_set: DataSet, seed: int, place: Place) -> di
         return dict(row.settings)
     if row.kind == "ensemble":
         weights = {row.start: 0.5, row.teacher: 0.5}
-        return {"weights": weights, "candidates": _CANDIDATES, **row.settings}
+        return {"weights": weights, "mean": "geometric", "candidates": _CANDIDATES, **row.settings}
     common = merge(_COMMON, {"training": {"seed": seed, "use_cpu": device().type == "cpu"}})
     if row.kind == "further":
         assert row.start is not None

@@ -19,9 +19,9 @@ class Row:
     Attributes:
         kind: "scorer" is a recommender of `gflowgr.collaborative`, "mixture" one made of those of `start` and
             `teacher`; "decoder", "wide" (twice as wide), "large" (deeper, too) and "t5" a model from scratch;
-            "further" a model
-            that goes on from the checkpoint of `start`; "ensemble" the mean of the probabilities of `start`
-            and `teacher`; "unseen" what `start` is, in lists without the items of the history.
+            "further" a model that goes on from the checkpoint of `start`; "ensemble" the geometric mean of
+            the probabilities of `start` and `teacher`; "unseen" what `start` is, in lists without the items
+            of the history.
         settings: what distinguishes it, as `gflowgr.assembly.Plan` takes it.
         start: the row whose checkpoint it starts from.
         teacher: the row whose recommender is behind its reward, sampler or rollouts.
@@ -220,7 +220,6 @@ ROWS: dict[str, Row] = {
     "gflowgr": Row("decoder", GFLOWGR, teacher="mixture", grid=_GFLOWGR_GRID),
     "gflowgr-longer": Row("decoder", _longer(GFLOWGR), teacher="mixture", like="gflowgr"),
     "gflowgr-longest": Row("decoder", _longer(GFLOWGR, times=4), teacher="mixture", like="gflowgr"),
-    "gflowgr-ensemble": Row("ensemble", start="gflowgr", teacher="mixture"),
     "gflowgr-tb-n1": _paper(num_trajectories=1),
     "gflowgr-tb-n5": _paper(num_trajectories=5),
     "gflowgr-tb-lambda0.02": _paper(gfn_weight=0.02),
@@ -254,13 +253,19 @@ ROWS: dict[str, Row] = {
     ),
 }
 
+# Ranked together with the teacher, supervised models as ours.
+_LENGTHS = [f"{method}{length}" for method in ("sft", "gflowgr") for length in ("", "-longer", "-longest")]
+ROWS |= {f"{row}-ensemble": Row("ensemble", start=row, teacher="mixture") for row in _LENGTHS}
+
 # Lists without the items of the history, as a shop shows them where nobody takes an item twice.
 _RANKED_TWICE = [
-    *("item-knn", "sasrec", "mixture", "sft", "sft-longer", "sft-longest", "sft-continued", "sft-rollouts"),
-    *("dpo", "s-dpo", "grpo", "gflowgr-sasrec-teacher", "gflowgr", "gflowgr-longer", "gflowgr-longest"),
+    *("item-knn", "sasrec", "mixture", "sft-continued", "sft-rollouts", "dpo", "s-dpo", "grpo"),
+    *("gflowgr-sasrec-teacher", *_LENGTHS),
 ]
 ROWS |= {row + UNSEEN: Row("unseen", _EXCLUDING, start=row) for row in _RANKED_TWICE}
-ROWS |= {row + UNSEEN: replace(ROWS[row], settings=_EXCLUDING) for row in ("ensemble", "gflowgr-ensemble")}
+ROWS |= {
+    name + UNSEEN: replace(row, settings=_EXCLUDING) for name, row in ROWS.items() if row.kind == "ensemble"
+}
 
 # The table's own rows, without ablations and other backbones.
 MAIN = [name for name in ROWS if not name.startswith(("gflowgr-tb-", "t5-", "wide-", "large-", "lora-"))]

@@ -20,7 +20,7 @@ LOWER_IS_BETTER = ("gini@10",)
 ORDER = (
     "popularity", "item-knn", "sasrec", "mixture",
     "sft", "sft-longer", "sft-longest", "sft-continued", "sft-smoothed", "sft-rollouts-sasrec",
-    "sft-rollouts", "ensemble",
+    "sft-rollouts", "ensemble", "sft-ensemble", "sft-longer-ensemble", "sft-longest-ensemble",
     "dpo", "s-dpo", "sprec", "grpo",
     "item-kl", "gflowgr-tb", "gflowgr-db", "gflowgr-vargrad", "gflowgr-subtb", "gflowgr-flows",
     "gflowgr-sasrec", "gflowgr-within", "gflowgr-sasrec-teacher", "gflowgr",
