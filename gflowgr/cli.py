@@ -401,8 +401,8 @@ def _add_teacher_weight(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.0,
         metavar="WEIGHT",
-        help="weight of the recommender that the run learned from, in a ranking of both together, such as .5 "
-        "(0, the model alone)",
+        help="weight of the recommender that the run learned from, such as .5, in a ranking by the geometric "
+        "mean of both probabilities (0, the model alone)",
     )
 
 
@@ -424,7 +424,8 @@ def _recommend(arguments: argparse.Namespace) -> None:
         print(json.dumps({"history": history, "recommended": rows}, indent=1, ensure_ascii=False))
         return
     print(f"after {', '.join(history)}:")
-    table = [["", "title", "id", "probability"]]
+    likely = "probability" if arguments.teacher_weight in (0, 1) else "geometric mean of both probabilities"
+    table = [["", "title", "id", likely]]
     for rank, row in enumerate(recommended, start=1):
         table.append([str(rank), row.title, row.item_id, f"{row.probability:.4f}"])
     _print_table(table)

@@ -97,8 +97,7 @@ def settings_of(row_name: str, data_set: DataSet, seed: int, place: Place) -> di
     if row.kind == "unseen":
         return dict(row.settings)
     if row.kind == "ensemble":
-        weights = {row.start: 0.5, row.teacher: 0.5}
-        return {"weights": weights, "mean": "geometric", "candidates": _CANDIDATES, **row.settings}
+        return {"mean": "geometric", "candidates": _CANDIDATES, **row.settings}
     common = merge(_COMMON, {"training": {"seed": seed, "use_cpu": device().type == "cpu"}})
     if row.kind == "further":
         assert row.start is not None
@@ -319,7 +318,7 @@ def _run_ensemble(
             recommender,
             scorer,
             part,
-            teacher_weight=settings["weights"][teacher],
+            teacher_weight=settings["teacher_weight"],
             num_items=PLACES,
             num_beams=settings["candidates"],
             exclude_history=settings.get("exclude_history", False),
