@@ -253,8 +253,8 @@ ROWS: dict[str, Row] = {
     ),
 }
 
-# Ranked together with the teacher, whose weight is the best of nine for Scientific's first seed: for supervised
-# models on the validation part, for ours in the rehearsal.
+# Ranked together with the teacher, whose weight is the best of seven for Scientific's first seed: for
+# supervised models on the validation part, for ours in the rehearsal.
 _LENGTHS = [f"{method}{length}" for method in ("sft", "gflowgr") for length in ("", "-longer", "-longest")]
 ROWS |= {
     f"{row}-ensemble": Row(
