@@ -316,6 +316,8 @@ def _train(arguments: argparse.Namespace) -> None:
     )
     print(f"{run.path}: trained in {run.seconds:.0f} s; test part:")
     _print_metrics(run.test)
+    if pipeline.has_teacher(run.path):
+        print(f"together with its teacher: gflowgr evaluate {run.path} --teacher-weight .5")
 
 
 def _add_evaluate(commands: Any) -> None:

@@ -661,6 +661,14 @@ def recommend(
     return [items.titles[item] for item in found], recommendations
 
 
+def has_teacher(run: PathLike) -> bool:
+    """Whether a run learned from a recommender that can rank beside its model (see `gflowgr.ensemble`)."""
+    from gflowgr import collaborative
+
+    path = Path(run) / COLLABORATIVE
+    return path.is_file() and collaborative.load(path).is_distribution
+
+
 def _teacher_of(run: Path, device: torch.device) -> Recommender:
     from gflowgr import collaborative
 

@@ -336,15 +336,18 @@ def test_recommendations_are_the_most_probable_items(trained: pipeline.TrainedRu
 def test_the_teacher_ranks_beside_the_model(trained: pipeline.TrainedRun, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="item-knn, whose scores are no distribution"):
         pipeline.evaluate(trained.path, teacher_weight=0.5)
+    assert not pipeline.has_teacher(trained.path)
     run = tmp_path / "run"
     shutil.copytree(trained.path, run)
     (run / pipeline.COLLABORATIVE).unlink()
+    assert not pipeline.has_teacher(run)
     with pytest.raises(FileNotFoundError, match="no other recommender was asked"):
         pipeline.recommend(run, ["no. 3"], teacher_weight=0.5)
 
     counts = torch.arange(NUM_ITEMS) ** 3
     teacher = Popularity(counts)
     teacher.save(run / pipeline.COLLABORATIVE)
+    assert pipeline.has_teacher(run)
     items = Items.load(run / "items.parquet")
     _, popular = pipeline.recommend(run, ["no. 23"], num_items=3, teacher_weight=1.0)
     assert [row.item_id for row in popular] == [str(items.ids[item]) for item in (22, 21, 20)]
