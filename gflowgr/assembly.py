@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,9 +14,10 @@ import torch
 from gflowgr import backbones, collaborative
 from gflowgr.adaptive import AdaptiveWeights
 from gflowgr.backbones import GenerativeRecommender
-from gflowgr.collaborative import CollaborativeModel
+from gflowgr.collaborative import CollaborativeModel, Recommender
 from gflowgr.config import GFlowGRConfig, check_keys
 from gflowgr.data import Examples, Histories, InteractionLog, Split, split
+from gflowgr.ensemble import check_teacher_weight
 from gflowgr.objectives import REWARDED
 from gflowgr.rewards import (
     CollaborativeReward,
@@ -30,8 +31,10 @@ from gflowgr.semantic_ids import SemanticIds
 from gflowgr.settings import check_options, merge, section
 from gflowgr.shared_prefixes import SharedPrefixes
 
-SECTIONS = ("data", "split", "contexts", "model", "collaborative", "reward", "sampler", "training")
+SECTIONS = ("data", "split", "contexts", "model", "collaborative", "reward", "sampler", "training", "ranking")
 CONTEXTS = ("auto", "windows", "histories")
+# A recommender, or what kind of one.
+Model = TypeVar("Model", Recommender, type[Recommender])
 MODELS: dict[str, Callable[..., GenerativeRecommender]] = {
     "decoder": backbones.build_decoder,
     "t5": backbones.build_t5,
@@ -72,6 +75,8 @@ class Plan:
         reward: "terms", each with its options, and what `RewardModel` takes; None where no loss reads it.
         sampler: what `TrajectorySampler` takes; None where it draws nothing.
         training: the fields of `GFlowGRConfig`.
+        teacher_weight: of the collaborative recommender, which ranks beside the finished model (see
+            `gflowgr.ensemble`); 0 where the model ranks alone. In the settings it is under "ranking".
     """
 
     split: dict[str, Any]
@@ -81,6 +86,7 @@ class Plan:
     reward: dict[str, Any] | None
     sampler: dict[str, Any] | None
     training: dict[str, Any]
+    teacher_weight: float
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Plan:
@@ -108,11 +114,13 @@ class Plan:
             _check_group_sampler(sampler)
         draws = config.objective not in ("sft", "grpo") and config.num_trajectories > 1
         strategies = sampler.get("strategies", "collaborative")
+        teacher_weight = teacher_weight_of(settings)
         wants_scores = (
             (rewarded and "collaborative" in reward["terms"])
             or (draws and "collaborative" in strategies)
             or config.rollout_share > 0
             or (config.rollout_beyond > 0 and contexts != "windows")
+            or teacher_weight > 0
         )
         scorer = section(settings, "collaborative")
         _check_collaborative(scorer)
@@ -124,6 +132,7 @@ class Plan:
             reward=reward if rewarded else None,
             sampler=sampler if draws else None,
             training=training,
+            teacher_weight=teacher_weight,
         )
 
     def config(self, output: Path) -> GFlowGRConfig:
@@ -156,8 +165,9 @@ class Plan:
             return None
         options = dict(self.collaborative)
         if "path" in options:
-            return collaborative.load(options["path"])
+            return self._fit_to_rank(collaborative.load(options["path"]))
         name = options.pop("model", "sasrec")
+        self._fit_to_rank(collaborative.MODELS[name])
         if collaborative.MODELS[name] in collaborative.TRAINED:
             # Its fit draws random numbers on these two alone; `to` takes it elsewhere afterwards.
             where = device if torch.device(device).type == "cuda" else "cpu"
@@ -165,6 +175,14 @@ class Plan:
         return collaborative.build(
             name, parts.sequences, parts.num_items, validation=parts.validation, **{"seed": seed, **options}
         )
+
+    def _fit_to_rank(self, model: Model) -> Model:
+        if self.teacher_weight and not model.is_distribution:
+            raise ValueError(
+                f"ranking.teacher_weight is {self.teacher_weight}, but the scores of {model.name} are no "
+                "distribution, needs sasrec, mixture or popularity in collaborative, or a weight of 0"
+            )
+        return model
 
     def build_reward(self, semantic_ids: SemanticIds) -> RewardModel | None:
         """The reward of a context's items."""
@@ -206,6 +224,19 @@ class Plan:
         if self.contexts == "histories" or (self.contexts == "auto" and can_be_whole):
             return parts.histories
         return parts.train
+
+
+def teacher_weight_of(settings: Mapping[str, Any]) -> float:
+    """That of the section "ranking", 0 where nothing is said.
+
+    Raises:
+        TypeError, ValueError: it is no number from 0 to 1, or the section has another key.
+    """
+    given = section(settings, "ranking")
+    check_keys(given, ["teacher_weight"], "ranking")
+    weight = given.get("teacher_weight", 0.0)
+    check_teacher_weight("ranking.teacher_weight", weight)
+    return float(weight)
 
 
 def _training_settings(given: dict[str, Any]) -> dict[str, Any]:

@@ -315,9 +315,7 @@ def _train(arguments: argparse.Namespace) -> None:
         data, arguments.output, settings, resume=arguments.resume, overwrite=arguments.overwrite
     )
     print(f"{run.path}: trained in {run.seconds:.0f} s; test part:")
-    _print_metrics(run.test)
-    if pipeline.has_teacher(run.path):
-        print(f"together with its teacher: gflowgr evaluate {run.path} --teacher-weight .5")
+    _print_metrics(run.test, pipeline.teacher_weight(run.path))
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -351,18 +349,19 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     _hush_transformers()
     settings = override({}, arguments.overrides)
     check_keys(settings, ["training"], "evaluate")
+    weight = _teacher_weight(arguments)
     metrics = pipeline.evaluate(
         arguments.run_folder,
         arguments.data,
         part=arguments.part,
         output=arguments.output,
-        teacher_weight=arguments.teacher_weight,
+        teacher_weight=weight,
         **section(settings, "training"),
     )
-    _print_metrics(metrics)
+    _print_metrics(metrics, weight)
 
 
-def _print_metrics(metrics: Metrics) -> None:
+def _print_metrics(metrics: Metrics, teacher_weight: float) -> None:
     summary = metrics.to_dict()
     rows = [["metric", "value", f"{summary['level']:.0%} interval"]]
     for name, metric in summary["metrics"].items():
@@ -372,6 +371,8 @@ def _print_metrics(metrics: Metrics) -> None:
     _print_table(rows)
     speed = f", {metrics.num_users / metrics.seconds:,.0f} users a second" if metrics.seconds else ""
     print(f"{metrics.num_users:,} users, {metrics.num_items:,} items{speed}")
+    if teacher_weight:
+        print(f"with the run's teacher at weight {teacher_weight:g}; --teacher-weight 0 leaves it out")
 
 
 def _add_recommend(commands: Any) -> None:
@@ -401,17 +402,24 @@ def _add_teacher_weight(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--teacher-weight",
         type=float,
-        default=0.0,
         metavar="WEIGHT",
-        help="weight of the recommender that the run learned from, such as .5, in a ranking by the geometric "
-        "mean of both probabilities (0, the model alone)",
+        help="weight of the recommender that the run learned from, in a ranking by the geometric mean of "
+        "both probabilities; 0 is the model alone (what the run's settings say, .5 by the recipe)",
     )
+
+
+def _teacher_weight(arguments: argparse.Namespace) -> float:
+    from gflowgr import pipeline
+
+    given: float | None = arguments.teacher_weight
+    return pipeline.teacher_weight(arguments.run_folder) if given is None else given
 
 
 def _recommend(arguments: argparse.Namespace) -> None:
     from gflowgr import pipeline
 
     _hush_transformers()
+    weight = _teacher_weight(arguments)
     history, recommended = pipeline.recommend(
         arguments.run_folder,
         arguments.items,
@@ -419,14 +427,14 @@ def _recommend(arguments: argparse.Namespace) -> None:
         num_beams=arguments.beams,
         exclude_history=not arguments.repeat,
         exclude=arguments.exclude,
-        teacher_weight=arguments.teacher_weight,
+        teacher_weight=weight,
     )
     if arguments.json:
         rows = [vars(row) for row in recommended]
         print(json.dumps({"history": history, "recommended": rows}, indent=1, ensure_ascii=False))
         return
     print(f"after {', '.join(history)}:")
-    likely = "probability" if arguments.teacher_weight in (0, 1) else "geometric mean of both probabilities"
+    likely = "probability" if weight in (0, 1) else "geometric mean of both probabilities"
     table = [["", "title", "id", likely]]
     for rank, row in enumerate(recommended, start=1):
         table.append([str(rank), row.title, row.item_id, f"{row.probability:.4f}"])

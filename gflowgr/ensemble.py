@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from numbers import Real
 from typing import Any
 
 import torch
@@ -176,10 +175,7 @@ def _check(recommender: GenerativeRecommender, teacher: Recommender, teacher_wei
     ):
         if not isinstance(value, kind):
             raise TypeError(f"{name} is a {type(value).__name__}, needs a {kind.__name__}")
-    if isinstance(teacher_weight, bool) or not isinstance(teacher_weight, Real):
-        raise TypeError(f"teacher_weight is {teacher_weight!r}, needs a number")
-    if not 0 <= teacher_weight <= 1:
-        raise ValueError(f"teacher_weight is {teacher_weight!r}, needs to be from 0 to 1")
+    check_teacher_weight("teacher_weight", teacher_weight)
     if not teacher.is_distribution:
         raise ValueError(
             f"teacher is {teacher.name}, whose scores are no distribution, needs sasrec, mixture or "
@@ -190,3 +186,11 @@ def _check(recommender: GenerativeRecommender, teacher: Recommender, teacher_wei
             f"teacher has {teacher.num_items} items, needs {recommender.semantic_ids.num_items} like "
             "recommender"
         )
+
+
+def check_teacher_weight(name: str, value: object) -> None:
+    """Raises TypeError or ValueError for what is no number from 0 to 1."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} is {value!r}, needs a number")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} is {value!r}, needs to be from 0 to 1")

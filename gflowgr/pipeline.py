@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from gflowgr.backbones import GenerativeRecommender
     from gflowgr.collaborative import CollaborativeModel, Recommender
     from gflowgr.config import GFlowGRConfig
-    from gflowgr.data import Split
+    from gflowgr.data import Examples, Split
     from gflowgr.metrics import Metrics
     from gflowgr.trainer import GFlowGRTrainer
 
@@ -306,8 +306,9 @@ class TrainedRun:
     Attributes:
         path: the run's folder.
         recommender: the trained model, with the weights that were best on validation by default.
-        validation: metrics of the validation part.
-        test: metrics of the test part.
+        validation: metrics of the validation part, ranked as the settings say: by the model alone, or by it
+            and its teacher.
+        test: the same of the test part.
         history: the trainer's log, an entry a logged step.
         seconds: of training alone, evaluations in between included.
         collaborative_seconds: of fitting the collaborative recommender, 0 where none was fitted.
@@ -359,11 +360,15 @@ def train(
     if overwrite and not resume:
         remove(partial)
     fitted = fit(folder, settings, partial, resume=resume, callbacks=callbacks)
+    validation, test = (
+        _ranked(fitted.trainer, part, fitted.teacher, fitted.teacher_weight)
+        for part in (fitted.parts.validation, fitted.parts.test)
+    )
     run = TrainedRun(
         output,
         fitted.trainer.policy.recommender,
-        fitted.trainer.rank(fitted.parts.validation),
-        fitted.trainer.rank(fitted.parts.test),
+        validation,
+        test,
         fitted.trainer.state.log_history,
         fitted.seconds,
         fitted.collaborative_seconds,
@@ -398,12 +403,16 @@ class Fitted:
     Attributes:
         trainer: done, with the best weights on validation by default.
         parts: what it was trained on, and what it can be measured on.
+        teacher: the collaborative recommender, where one was asked.
+        teacher_weight: of the teacher where both rank.
         seconds: of training alone, evaluations in between included.
         collaborative_seconds: of fitting the collaborative recommender, 0 where none was fitted.
     """
 
     trainer: GFlowGRTrainer
     parts: Split
+    teacher: CollaborativeModel | None
+    teacher_weight: float
     seconds: float
     collaborative_seconds: float
 
@@ -462,7 +471,7 @@ def fit(
         if not _checkpoints(partial):
             remove(partial)
         raise
-    return Fitted(trainer, parts, seconds, collaborative_seconds)
+    return Fitted(trainer, parts, scorer, plan.teacher_weight, seconds, collaborative_seconds)
 
 
 def _open_partial(partial: Path, settings: Mapping[str, Any], resume: bool) -> Path | None:
@@ -531,7 +540,7 @@ def evaluate(
     *,
     part: Literal["validation", "test"] = "test",
     output: PathLike | None = None,
-    teacher_weight: float = 0.0,
+    teacher_weight: float | None = None,
     **training: Any,
 ) -> Metrics:
     """Ranks the whole catalogue for each user of a part and measures the lists.
@@ -542,7 +551,7 @@ def evaluate(
         part: "validation" or "test".
         output: where to write the metrics with their confidence intervals as JSON; by default nowhere.
         teacher_weight: of the recommender that the run learned from, which ranks together with its model (see
-            `gflowgr.ensemble`), from 0, the model alone, to 1.
+            `gflowgr.ensemble`), from 0, the model alone, to 1; by default what the run's settings say.
         training: changes of the run's training settings, such as `eval_num_beams` or `exclude_history`.
 
     Raises:
@@ -550,7 +559,7 @@ def evaluate(
         ValueError: the data have another trie than the run, a setting does not exist, or the teacher cannot
             rank together with the model.
     """
-    from gflowgr.assembly import Plan
+    from gflowgr.assembly import Plan, teacher_weight_of
     from gflowgr.backbones import GenerativeRecommender
     from gflowgr.settings import merge, read_yaml
     from gflowgr.trainer import GFlowGRTrainer
@@ -564,26 +573,34 @@ def evaluate(
     folder = DataFolder.load(settings["data"] if data is None else data, tokenized=True)
     recommender = GenerativeRecommender.load(path / CHECKPOINT, folder.semantic_ids)
     trainer = GFlowGRTrainer(recommender, plan.config(path), None)
-    examples = getattr(plan.divide(folder.log), part)
-    if teacher_weight == 0:
-        metrics = trainer.rank(examples)
-    else:
-        from gflowgr.ensemble import rank_together
-
-        args = trainer.args
-        metrics = rank_together(
-            recommender,
-            _teacher_of(path, args.device),
-            examples,
-            teacher_weight=teacher_weight,
-            num_items=args.eval_num_items,
-            num_beams=args.eval_num_beams,
-            exclude_history=args.exclude_history,
-            batch_size=args.per_device_eval_batch_size,
-        )
+    weight = teacher_weight_of(settings) if teacher_weight is None else teacher_weight
+    teacher = _teacher_of(path, trainer.args.device) if weight else None
+    metrics = _ranked(trainer, getattr(plan.divide(folder.log), part), teacher, weight)
     if output is not None:
         write_text(output, json.dumps({"part": part, **metrics.to_dict()}, indent=1))
     return metrics
+
+
+def _ranked(
+    trainer: GFlowGRTrainer, examples: Examples, teacher: CollaborativeModel | None, teacher_weight: float
+) -> Metrics:
+    if not teacher_weight:
+        return trainer.rank(examples)
+    from gflowgr.collaborative import Recommender
+    from gflowgr.ensemble import rank_together
+
+    assert isinstance(teacher, Recommender)
+    args = trainer.args
+    return rank_together(
+        trainer.policy.recommender,
+        teacher,
+        examples,
+        teacher_weight=teacher_weight,
+        num_items=args.eval_num_items,
+        num_beams=args.eval_num_beams,
+        exclude_history=args.exclude_history,
+        batch_size=args.per_device_eval_batch_size,
+    )
 
 
 @dataclass(frozen=True)
@@ -606,7 +623,7 @@ def recommend(
     num_beams: int | None = None,
     exclude_history: bool = True,
     exclude: Sequence[Any] = (),
-    teacher_weight: float = 0.0,
+    teacher_weight: float | None = None,
 ) -> tuple[list[str], list[Recommendation]]:
     """What a run's model recommends to someone who had these items.
 
@@ -626,8 +643,10 @@ def recommend(
         FileNotFoundError: no run, or no teacher where it is asked.
         ValueError: an item that the catalogue lacks, or several fit it; or as `evaluate`.
     """
+    from gflowgr.assembly import teacher_weight_of
     from gflowgr.backbones import GenerativeRecommender
     from gflowgr.generation import generate
+    from gflowgr.settings import read_yaml
 
     path = _run_folder(run)
     items = Items.load(path / ITEMS)
@@ -641,7 +660,8 @@ def recommend(
         "exclude": [items.find(exclude)] if exclude else None,
         "exclude_history": exclude_history,
     }
-    if teacher_weight == 0:
+    weight = teacher_weight_of(read_yaml(path / SETTINGS)) if teacher_weight is None else teacher_weight
+    if not weight:
         generated = generate(recommender, torch.tensor([found]), **options)
     else:
         from gflowgr.ensemble import generate_together
@@ -650,7 +670,7 @@ def recommend(
             recommender,
             _teacher_of(path, recommender.device),
             torch.tensor([found]),
-            teacher_weight=teacher_weight,
+            teacher_weight=weight,
             **options,
         )
     recommendations = [
@@ -661,12 +681,16 @@ def recommend(
     return [items.titles[item] for item in found], recommendations
 
 
-def has_teacher(run: PathLike) -> bool:
-    """Whether a run learned from a recommender that can rank beside its model (see `gflowgr.ensemble`)."""
-    from gflowgr import collaborative
+def teacher_weight(run: PathLike) -> float:
+    """What weight a run's teacher has where it ranks unless told otherwise, 0 where its model ranks alone.
 
-    path = Path(run) / COLLABORATIVE
-    return path.is_file() and collaborative.load(path).is_distribution
+    Raises:
+        FileNotFoundError: no run.
+    """
+    from gflowgr.assembly import teacher_weight_of
+    from gflowgr.settings import read_yaml
+
+    return teacher_weight_of(read_yaml(_run_folder(run) / SETTINGS))
 
 
 def _teacher_of(run: Path, device: torch.device) -> Recommender:

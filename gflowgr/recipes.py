@@ -18,7 +18,8 @@ _COMMON: dict[str, Any] = {
 }
 # What makes it GFlowGR, whatever model and budget: child flow matching with exact flows, and a teacher
 # that goes on with every history, with half of them from somewhere within. The reward is a mixture of
-# distributions, so that its weights say how much mass each term has.
+# distributions, so that its weights say how much mass each term has. What the teacher knows of rare items the
+# model does not learn, so that both rank together.
 OBJECTIVE: dict[str, Any] = {
     "reward": {
         "fusion": "mixture",
@@ -38,6 +39,7 @@ OBJECTIVE: dict[str, Any] = {
         "rollout_reuse": 4,
         "reward_candidates": 128,
     },
+    "ranking": {"teacher_weight": 0.5},
 }
 # From scratch: it need not begin with a supervised model. What a history goes on by are contexts, too: with
 # three quarters of the histories it takes as many steps as SFT.

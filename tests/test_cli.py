@@ -167,6 +167,19 @@ def test_a_run_that_learned_from_no_other_has_no_teacher(
         assert "no other recommender was asked" in error_of(capsys, *command, "--teacher-weight", "0.5")
 
 
+def test_a_ranking_with_the_teacher_says_so(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = str(folder / "beside")
+    train = ["train", "--data", str(folder / "data"), "--output", run, "--recipe", "sft", *QUICK]
+    beside = ["collaborative.model=popularity", "ranking.teacher_weight=0.5"]
+    trained = output_of(capsys, *train, *beside)
+    measured = output_of(capsys, "evaluate", run)
+    for text in (trained, measured):
+        assert text.endswith("with the run's teacher at weight 0.5; --teacher-weight 0 leaves it out\n")
+    assert "geometric mean of both probabilities" in output_of(capsys, "recommend", run, "10")
+    assert "with the run's teacher" not in output_of(capsys, "evaluate", run, "--teacher-weight", "0")
+    assert "probabilities" not in output_of(capsys, "recommend", run, "10", "--teacher-weight", "0")
+
+
 def test_recommend_prints_titles(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = str(folder / "run")
     text = output_of(capsys, "recommend", run, "the river no. 4", "10", "--count", "3")

@@ -336,18 +336,15 @@ def test_recommendations_are_the_most_probable_items(trained: pipeline.TrainedRu
 def test_the_teacher_ranks_beside_the_model(trained: pipeline.TrainedRun, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="item-knn, whose scores are no distribution"):
         pipeline.evaluate(trained.path, teacher_weight=0.5)
-    assert not pipeline.has_teacher(trained.path)
     run = tmp_path / "run"
     shutil.copytree(trained.path, run)
     (run / pipeline.COLLABORATIVE).unlink()
-    assert not pipeline.has_teacher(run)
     with pytest.raises(FileNotFoundError, match="no other recommender was asked"):
         pipeline.recommend(run, ["no. 3"], teacher_weight=0.5)
 
     counts = torch.arange(NUM_ITEMS) ** 3
     teacher = Popularity(counts)
     teacher.save(run / pipeline.COLLABORATIVE)
-    assert pipeline.has_teacher(run)
     items = Items.load(run / "items.parquet")
     _, popular = pipeline.recommend(run, ["no. 23"], num_items=3, teacher_weight=1.0)
     assert [row.item_id for row in popular] == [str(items.ids[item]) for item in (22, 21, 20)]
@@ -421,6 +418,12 @@ def test_recommend_names_an_item_it_does_not_know(
         ("training.output_dir=x", "output_dir"),
         ("contexts=rows", "rows.*windows"),
         ("model=3", "model needs keys"),
+        ("ranking.teacher_wait=0.5", "teacher_wait.*'teacher_weight'"),
+        ("ranking.teacher_weight=1.5", r"ranking\.teacher_weight is 1.5, needs to be from 0 to 1"),
+        (
+            "ranking.teacher_weight=0.5",
+            "teacher_weight is 0.5, but the scores of item-knn are no distribution",
+        ),
     ],
 )
 def test_a_wrong_setting_is_named_and_nothing_is_left(
@@ -429,6 +432,34 @@ def test_a_wrong_setting_is_named_and_nothing_is_left(
     with pytest.raises(ValueError, match=message):
         pipeline.train(prepared, tmp_path / "run", override(SMALL, [pair]))
     assert names_in(tmp_path) == set()
+
+
+POPULAR = ["collaborative={model: popularity}", "ranking.teacher_weight=0.5"]
+
+
+def test_a_run_ranks_as_its_settings_say(prepared: Path, tmp_path: Path) -> None:
+    run = pipeline.train(prepared, tmp_path / "run", override(SMALL, POPULAR))
+    assert pipeline.teacher_weight(run.path) == 0.5
+    both, alone = pipeline.evaluate(run.path), pipeline.evaluate(run.path, teacher_weight=0.0)
+    assert run.test.rank.tolist() == both.rank.tolist() != alone.rank.tolist()
+    validation = pipeline.evaluate(run.path, part="validation").rank
+    assert run.validation.rank.tolist() == validation.tolist()
+    load_run_users(run.path)  # It compares them with the metrics.
+    lists = [pipeline.recommend(run.path, ["no. 3"], **given)[1] for given in ({}, {"teacher_weight": 0.5})]
+    assert lists[0] == lists[1] != pipeline.recommend(run.path, ["no. 3"], teacher_weight=0.0)[1]
+
+
+def test_a_teacher_may_only_rank(prepared: Path, tmp_path: Path) -> None:
+    settings = override(SMALL, ["training.objective=sft", *POPULAR])
+    run = pipeline.train(prepared, tmp_path / "run", settings)
+    other = pipeline.train(prepared, tmp_path / "other", override(SMALL, ["training.objective=sft"]))
+    alone = pipeline.evaluate(run.path, teacher_weight=0.0)
+    assert alone.rank.tolist() == other.test.rank.tolist() != run.test.rank.tolist()
+    saved = override(SMALL, ["training.objective=sft", "ranking.teacher_weight=0.5"])
+    knn = tmp_path / "knn.safetensors"
+    ItemKNN.fit(split(DataFolder.load(prepared).log).sequences, NUM_ITEMS, progress=False).save(knn)
+    with pytest.raises(ValueError, match="item-knn are no distribution, needs sasrec"):
+        pipeline.train(prepared, tmp_path / "third", {**saved, "collaborative": {"path": str(knn)}})
 
 
 class StopAt(TrainerCallback):

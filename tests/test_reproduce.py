@@ -439,6 +439,8 @@ def test_rows_are_built_on_rows() -> None:
 )
 def test_the_settings_of_a_row_are_a_plan(name: str, place: Place) -> None:
     settings = cells.settings_of(name, TINY, 0, place)
+    # What ranks together is a row of its own.
+    assert "ranking" not in settings
     if "collaborative" in settings:
         settings["collaborative"] = {"model": "popularity"}
     assert Plan.of(settings).config(place.work).seed == 0
