@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,8 @@ from gflowgr import collaborative, pipeline, report
 from gflowgr.collaborative import Recommender
 from gflowgr.data import Split, split
 from gflowgr.demo_report import (
+    ALONE,
+    BESIDE,
     CONTINUED,
     ITEM_KNN,
     METRIC,
@@ -33,9 +35,10 @@ from gflowgr.demo_report import (
     Entry,
     Findings,
 )
+from gflowgr.ensemble import generate_together, rank_together
 from gflowgr.folders import DataFolder, remove, require_free, write_text
 from gflowgr.generation import generate
-from gflowgr.metrics import ranking_metrics
+from gflowgr.metrics import Metrics, ranking_metrics
 from gflowgr.pipeline import TrainedRun
 from gflowgr.recipes import OBJECTIVE
 from gflowgr.report import Report
@@ -46,6 +49,8 @@ if TYPE_CHECKING:
     import pandas
 
 LIST_LENGTH = 10
+# The teacher's beside a supervised model, as in `gflowgr.quality.rows`.
+SFT_TEACHER_WEIGHT = 0.8
 
 
 @dataclass(frozen=True)
@@ -292,6 +297,17 @@ class _Demo:
             self.budget.extra_steps,
             on=SFT,
         )
+        together = rank_together(
+            trained.recommender,
+            self.teacher,
+            self.parts.test,
+            teacher_weight=SFT_TEACHER_WEIGHT,
+            num_items=LIST_LENGTH,
+            exclude_history=True,
+        )
+        description = f"{CONTINUED} and {TEACHER}, the geometric mean of both probabilities."
+        self._add_again(BESIDE, CONTINUED, description, together, trained, SFT_TEACHER_WEIGHT)
+        self.entries[BESIDE].builds_on += self.entries[TEACHER].seconds
 
     def _train_tb(self, sft: TrainedRun) -> None:
         settings = {
@@ -347,11 +363,15 @@ class _Demo:
             f"{budget.rows} whole histories, so as many contexts as {CONTINUED} has seen in all; "
             f"{weights['collaborative'] / sum(weights.values()):.0%} of the reward is the distribution of "
             f"{TEACHER}, made sharper, and the rest the observed item; the teacher goes on with every "
-            f"history, with {OBJECTIVE['training']['rollout_share']:.0%} of them from somewhere within.",
+            f"history, with {OBJECTIVE['training']['rollout_share']:.0%} of them from somewhere within, and "
+            "ranks beside the model.",
             contexts,
             steps,
             teacher=TEACHER,
+            teacher_weight=OBJECTIVE["ranking"]["teacher_weight"],
         )
+        alone = pipeline.evaluate(trained.path, teacher_weight=0.0)
+        self._add_again(ALONE, OURS, f"{OURS} without its teacher.", alone, trained, 0.0)
         return trained
 
     def _train(self, name: str, settings: Mapping[str, Any]) -> TrainedRun:
@@ -430,10 +450,8 @@ class _Demo:
         *,
         on: str | None = None,
         teacher: str | None = None,
+        teacher_weight: float = 0.0,
     ) -> None:
-        def recommend(history: Tensor) -> Tensor:
-            return generate(trained.recommender, history, num_items=LIST_LENGTH, exclude_history=True).items
-
         base = self.entries[on] if on is not None else None
         self.entries[name] = Entry(
             description,
@@ -442,11 +460,35 @@ class _Demo:
             seconds=trained.seconds,
             builds_on=(base.seconds if base is not None else 0.0)
             + (self.entries[teacher].seconds if teacher is not None else 0.0),
-            recommend=recommend,
+            recommend=self._lists(trained, teacher_weight),
             history=trained.history,
             steps_before=self.budget.steps if on is not None else 0,
         )
         self._say_result(name)
+
+    def _add_again(
+        self, name: str, of: str, description: str, test: Metrics, trained: TrainedRun, teacher_weight: float
+    ) -> None:
+        """A trained model of the table ranks another way: nothing is trained."""
+        base = self.entries[of]
+        self.entries[name] = Entry(
+            description,
+            test,
+            contexts=base.contexts,
+            builds_on=base.seconds + base.builds_on,
+            recommend=self._lists(trained, teacher_weight),
+        )
+        self._say_result(name)
+
+    def _lists(self, trained: TrainedRun, teacher_weight: float) -> Callable[[Tensor], Tensor]:
+        def recommend(history: Tensor) -> Tensor:
+            options: dict[str, Any] = {"num_items": LIST_LENGTH, "exclude_history": True}
+            if teacher_weight:
+                options["teacher_weight"] = teacher_weight
+                return generate_together(trained.recommender, self.teacher, history, **options).items
+            return generate(trained.recommender, history, **options).items
+
+        return recommend
 
     def _say(self, text: str) -> None:
         self.console.print(f"    {text}", highlight=False)

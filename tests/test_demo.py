@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gflowgr import demo, pipeline
-from gflowgr.demo_report import CONTINUED, OURS, SFT, TB
+from gflowgr.demo_report import ALONE, BESIDE, CONTINUED, OURS, SFT, TB
 from gflowgr.folders import DataFolder
 from gflowgr.metrics import bootstrap_interval
 
@@ -69,17 +69,30 @@ def test_the_rows_are_those_of_the_runs(output: Path) -> None:
     folders = {SFT: "sft", CONTINUED: "sft-continued", TB: "gflowgr-tb", OURS: "gflowgr"}
     for name, folder in folders.items():
         again = pipeline.evaluate(output / "runs" / folder)
+        summary = again.summary()
         for metric, estimate in rows[name]["metrics"].items():
-            assert estimate["value"] == pytest.approx(again.summary()[metric], rel=1e-4)
+            expected = pytest.approx(summary[metric], rel=1e-4) if metric in summary else None
+            assert estimate["value"] == expected
         interval = bootstrap_interval(again.per_user["ndcg@10"])
         shown = rows[name]["metrics"]["ndcg@10"]
         assert (shown["low"], shown["high"]) == pytest.approx(interval, rel=1e-4)
 
 
 @pytest.mark.slow
+def test_ours_stands_there_with_its_teacher_and_without(output: Path) -> None:
+    rows = {row["name"]: row["metrics"] for row in results(output)["rows"]}
+    run = output / "runs" / "gflowgr"
+    for name, weight in ((OURS, 0.5), (ALONE, 0.0)):
+        summary = pipeline.evaluate(run, teacher_weight=weight).summary()
+        assert rows[name]["ndcg@10"]["value"] == pytest.approx(summary["ndcg@10"], rel=1e-4)
+        assert (rows[name]["nll"]["value"] is None) == (name == OURS)
+    assert rows[OURS] != rows[ALONE] and rows[BESIDE] != rows[CONTINUED]
+
+
+@pytest.mark.slow
 def test_budgets_are_equal(output: Path) -> None:
     contexts = {row["name"]: row["contexts"] for row in results(output)["rows"]}
-    assert contexts[CONTINUED] == contexts[TB]
+    assert contexts[CONTINUED] == contexts[TB] == contexts[BESIDE] and contexts[OURS] == contexts[ALONE]
     assert contexts[OURS] == pytest.approx(contexts[CONTINUED], rel=0.03)
     assert contexts[SFT] < contexts[CONTINUED]
 
