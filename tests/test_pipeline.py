@@ -26,7 +26,7 @@ from gflowgr.ensemble import rank_together
 from gflowgr.folders import DataFolder, Items
 from gflowgr.generation import score_all
 from gflowgr.quality.run_users import load_run_users
-from gflowgr.recipes import OBJECTIVE
+from gflowgr.recipes import OBJECTIVE, RECIPES
 from gflowgr.settings import merge, override, read_yaml, to_yaml
 from gflowgr.shared_prefixes import SharedPrefixes
 from gflowgr.trie import PrefixTrie
@@ -642,6 +642,11 @@ def test_the_configs_of_the_repository_hold_no_wrong_key(path: Path) -> None:
     assert settings
     Plan.of({key: value for key, value in settings.items() if key in SECTIONS})
     Plan.of(settings)
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_the_recipes_lie_there_as_configs(name: str) -> None:
+    assert read_yaml(Path(__file__).parent.parent / "configs" / f"{name}.yaml") == RECIPES[name]
 
 
 def test_there_are_configs() -> None:
