@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,10 +14,10 @@ import torch
 from gflowgr import backbones, collaborative
 from gflowgr.adaptive import AdaptiveWeights
 from gflowgr.backbones import GenerativeRecommender
-from gflowgr.collaborative import CollaborativeModel, Recommender
+from gflowgr.collaborative import CollaborativeModel
 from gflowgr.config import GFlowGRConfig, check_keys
 from gflowgr.data import Examples, Histories, InteractionLog, Split, split
-from gflowgr.ensemble import check_teacher_weight
+from gflowgr.ensemble import check_distribution, check_teacher_weight
 from gflowgr.objectives import REWARDED
 from gflowgr.rewards import (
     CollaborativeReward,
@@ -33,8 +33,6 @@ from gflowgr.shared_prefixes import SharedPrefixes
 
 SECTIONS = ("data", "split", "contexts", "model", "collaborative", "reward", "sampler", "training", "ranking")
 CONTEXTS = ("auto", "windows", "histories")
-# A recommender, or what kind of one.
-Model = TypeVar("Model", Recommender, type[Recommender])
 MODELS: dict[str, Callable[..., GenerativeRecommender]] = {
     "decoder": backbones.build_decoder,
     "t5": backbones.build_t5,
@@ -93,7 +91,7 @@ class Plan:
         """Checks every key and all values that need no data.
 
         Raises:
-            ValueError: a key does not exist (with the nearest that does), or a value cannot serve.
+            TypeError, ValueError: a key does not exist (with the nearest that does), or a value cannot serve.
         """
         check_keys(settings, list(SECTIONS), "the settings")
         training = _training_settings(section(settings, "training"))
@@ -124,6 +122,8 @@ class Plan:
         )
         scorer = section(settings, "collaborative")
         _check_collaborative(scorer)
+        if teacher_weight and "path" not in scorer:
+            check_distribution("collaborative.model", collaborative.MODELS[scorer.get("model", "sasrec")])
         return cls(
             split=split_settings,
             contexts=contexts,
@@ -157,7 +157,9 @@ class Plan:
     def build_collaborative(
         self, parts: Split, seed: int, device: torch.device | str = "cpu"
     ) -> CollaborativeModel | None:
-        """The recommender behind reward and sampler, fitted to the training part or read from its file.
+        """The recommender behind reward and sampler, and the one that ranks beside the model.
+
+        It is fitted to the training part, or read from its file.
 
         What is trained step by step is fitted on `device`, unless its options name another.
         """
@@ -165,9 +167,11 @@ class Plan:
             return None
         options = dict(self.collaborative)
         if "path" in options:
-            return self._fit_to_rank(collaborative.load(options["path"]))
+            model = collaborative.load(options["path"])
+            if self.teacher_weight:
+                check_distribution("collaborative.path", model)
+            return model
         name = options.pop("model", "sasrec")
-        self._fit_to_rank(collaborative.MODELS[name])
         if collaborative.MODELS[name] in collaborative.TRAINED:
             # Its fit draws random numbers on these two alone; `to` takes it elsewhere afterwards.
             where = device if torch.device(device).type == "cuda" else "cpu"
@@ -175,14 +179,6 @@ class Plan:
         return collaborative.build(
             name, parts.sequences, parts.num_items, validation=parts.validation, **{"seed": seed, **options}
         )
-
-    def _fit_to_rank(self, model: Model) -> Model:
-        if self.teacher_weight and not model.is_distribution:
-            raise ValueError(
-                f"ranking.teacher_weight is {self.teacher_weight}, but the scores of {model.name} are no "
-                "distribution, needs sasrec, mixture or popularity in collaborative, or a weight of 0"
-            )
-        return model
 
     def build_reward(self, semantic_ids: SemanticIds) -> RewardModel | None:
         """The reward of a context's items."""

@@ -276,8 +276,8 @@ def _add_train(commands: Any) -> None:
         _train,
         "train a recommender on a data folder",
         "Settings come from a YAML file, then from key=value pairs behind the options; dots lead into "
-        "sections (split, model, collaborative, reward, sampler, training). configs/ has files to start "
-        "from.",
+        "sections (split, model, collaborative, reward, sampler, training, ranking). configs/ has files to "
+        "start from.",
         "gflowgr train --data data/movies --config configs/gflowgr.yaml --output runs/first "
         "training.learning_rate=5e-4 model.layers=2",
     )
@@ -315,7 +315,9 @@ def _train(arguments: argparse.Namespace) -> None:
         data, arguments.output, settings, resume=arguments.resume, overwrite=arguments.overwrite
     )
     print(f"{run.path}: trained in {run.seconds:.0f} s; test part:")
-    _print_metrics(run.test, pipeline.teacher_weight(run.path))
+    _print_metrics(run.test)
+    if run.teacher_weight:
+        print(f"{_beside(run.teacher_weight)}; gflowgr evaluate {run.path} --teacher-weight 0 leaves it out")
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -358,10 +360,16 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         teacher_weight=weight,
         **section(settings, "training"),
     )
-    _print_metrics(metrics, weight)
+    _print_metrics(metrics)
+    if weight:
+        print(f"{_beside(weight)}; --teacher-weight 0 leaves it out")
 
 
-def _print_metrics(metrics: Metrics, teacher_weight: float) -> None:
+def _beside(teacher_weight: float) -> str:
+    return f"ranked with the run's teacher at weight {teacher_weight:g}"
+
+
+def _print_metrics(metrics: Metrics) -> None:
     summary = metrics.to_dict()
     rows = [["metric", "value", f"{summary['level']:.0%} interval"]]
     for name, metric in summary["metrics"].items():
@@ -371,8 +379,6 @@ def _print_metrics(metrics: Metrics, teacher_weight: float) -> None:
     _print_table(rows)
     speed = f", {metrics.num_users / metrics.seconds:,.0f} users a second" if metrics.seconds else ""
     print(f"{metrics.num_users:,} users, {metrics.num_items:,} items{speed}")
-    if teacher_weight:
-        print(f"with the run's teacher at weight {teacher_weight:g}; --teacher-weight 0 leaves it out")
 
 
 def _add_recommend(commands: Any) -> None:
@@ -431,7 +437,8 @@ def _recommend(arguments: argparse.Namespace) -> None:
     )
     if arguments.json:
         rows = [vars(row) for row in recommended]
-        print(json.dumps({"history": history, "recommended": rows}, indent=1, ensure_ascii=False))
+        found = {"history": history, "teacher_weight": weight, "recommended": rows}
+        print(json.dumps(found, indent=1, ensure_ascii=False))
         return
     print(f"after {', '.join(history)}:")
     likely = "probability" if weight in (0, 1) else "geometric mean of both probabilities"

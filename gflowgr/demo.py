@@ -497,8 +497,8 @@ class _Demo:
         entry = self.entries[name]
         summary = entry.test.summary()
         self._say(
-            f"{name}: test Recall@10 {summary['recall@10']:.4f}, NDCG@10 {summary[METRIC]:.4f}, "
-            f"trained in {entry.seconds:.0f} s"
+            f"{name}: test Recall@10 {summary['recall@10']:.4f}, NDCG@10 {summary[METRIC]:.4f}"
+            + (f", trained in {entry.seconds:.0f} s" if entry.seconds else "")
         )
 
     def _findings(self, ours: TrainedRun) -> Findings:

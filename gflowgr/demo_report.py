@@ -117,7 +117,7 @@ class Findings:
             title="GFlowGR on MovieLens",
             facts=facts,
             subject=OURS,
-            control=CONTINUED,
+            control=BESIDE,
             metric=METRIC,
             level=LEVEL,
             rows=[self._row(name) for name in self.entries],
@@ -147,7 +147,7 @@ class Findings:
 
     def _charts(self) -> list[Chart]:
         loss = "NLL of the observed items in training, nats"
-        titles = {"eval_ndcg@10": "NDCG@10 of the validation users", "nll": loss}
+        titles = {"eval_ndcg@10": "NDCG@10 of the validation users, each model alone", "nll": loss}
         charts = []
         for key, title in titles.items():
             lines = {}
@@ -248,7 +248,7 @@ class Findings:
             "the "
             "codes of two movies of a list differ. NLL: the negative log-probability that the model gave the "
             "held-out movie, in nats, over the whole catalogue with seen movies left in; item kNN has no "
-            "probabilities.",
+            "probabilities, nor has what two rank together.",
             "Intervals are bootstrap intervals over the test users: they say how much a mean depends on who "
             "happens to be in the test, not how much it would change with another seed of training. The "
             "verdict "
@@ -256,7 +256,7 @@ class Findings:
             "of comparisons.",
             "No model may recommend what is in the part of the user's history that it sees: people rate a "
             "movie once here, and all rows are treated alike. For each training the checkpoint with the best "
-            "NDCG@10 on the validation users was kept; the test users chose nothing.",
+            "NDCG@10 on the validation users, ranking alone, was kept; the test users chose nothing.",
             f"{CONTINUED} and {TB} go on from the same {SFT} on the same contexts with the same steps and "
             f"learning rate, so that they differ in the loss alone. {OURS} has seen as many contexts as "
             f"{SFT} "

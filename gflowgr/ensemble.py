@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -37,11 +38,12 @@ def generate_together(
     batch_size: int = 64,
     progress: bool = False,
 ) -> Generated:
-    """The items of the highest `P_F(item | history) ** (1 - w) * P_C(item | history) ** w`, best first.
+    """Of the best items of either those of the highest `P_F ** (1 - w) * P_C ** w`, best first.
 
-    P_F is the generative recommender's policy, of which items with the same tokens have equal parts; P_C is
-    the softmax of the teacher's scores. Of the `num_beams` best items of either both are known. A geometric
-    mean (a logarithmic opinion pool; Genest & Zidek 1986) wants an item that neither finds improbable.
+    P_F(item | history) is the generative recommender's policy, of which items with the same tokens have equal
+    parts; P_C is the softmax of the teacher's scores. A geometric mean (a logarithmic opinion pool; Genest &
+    Zidek 1986) wants an item that neither finds improbable. Candidates are the `num_beams` best items of
+    each: what is further down in both cannot come, however high its mean.
 
     Args:
         recommender: left in the mode it was in.
@@ -176,11 +178,7 @@ def _check(recommender: GenerativeRecommender, teacher: Recommender, teacher_wei
         if not isinstance(value, kind):
             raise TypeError(f"{name} is a {type(value).__name__}, needs a {kind.__name__}")
     check_teacher_weight("teacher_weight", teacher_weight)
-    if not teacher.is_distribution:
-        raise ValueError(
-            f"teacher is {teacher.name}, whose scores are no distribution, needs sasrec, mixture or "
-            "popularity"
-        )
+    check_distribution("teacher", teacher)
     if teacher.num_items != recommender.semantic_ids.num_items:
         raise ValueError(
             f"teacher has {teacher.num_items} items, needs {recommender.semantic_ids.num_items} like "
@@ -190,7 +188,16 @@ def _check(recommender: GenerativeRecommender, teacher: Recommender, teacher_wei
 
 def check_teacher_weight(name: str, value: object) -> None:
     """Raises TypeError or ValueError for what is no number from 0 to 1."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} is {value!r}, needs a number")
-    if not 0 <= value <= 1:
+    if not 0 <= float(value) <= 1:
         raise ValueError(f"{name} is {value!r}, needs to be from 0 to 1")
+
+
+def check_distribution(name: str, model: Recommender | type[Recommender]) -> None:
+    """Raises ValueError for a recommender whose scores say nothing of probabilities."""
+    if not model.is_distribution:
+        raise ValueError(
+            f"{name} is {model.name}, whose scores are no distribution, needs sasrec, mixture or popularity "
+            "to rank beside a model"
+        )

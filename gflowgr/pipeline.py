@@ -29,7 +29,7 @@ from gflowgr.folders import (
     write_text,
     written,
 )
-from gflowgr.quality.run_users import METRICS, save_run_users
+from gflowgr.quality.run_users import METRICS, TEACHER_WEIGHT, save_run_users
 from gflowgr.semantic_ids import (
     SemanticIds,
     count_collisions,
@@ -309,6 +309,7 @@ class TrainedRun:
         validation: metrics of the validation part, ranked as the settings say: by the model alone, or by it
             and its teacher.
         test: the same of the test part.
+        teacher_weight: that the teacher had in both, 0 where the model ranked alone.
         history: the trainer's log, an entry a logged step.
         seconds: of training alone, evaluations in between included.
         collaborative_seconds: of fitting the collaborative recommender, 0 where none was fitted.
@@ -318,6 +319,7 @@ class TrainedRun:
     recommender: GenerativeRecommender
     validation: Metrics
     test: Metrics
+    teacher_weight: float
     history: list[dict[str, float]]
     seconds: float
     collaborative_seconds: float
@@ -369,6 +371,7 @@ def train(
         fitted.trainer.policy.recommender,
         validation,
         test,
+        fitted.teacher_weight,
         fitted.trainer.state.log_history,
         fitted.seconds,
         fitted.collaborative_seconds,
@@ -525,6 +528,7 @@ def _finish(partial: Path, run: TrainedRun, items: Items, parts: Split) -> None:
     metrics = {
         "validation": run.validation.to_dict(),
         "test": run.test.to_dict(),
+        TEACHER_WEIGHT: run.teacher_weight,
         "seconds": {"training": run.seconds, "collaborative": run.collaborative_seconds},
     }
     write_text(partial / METRICS, json.dumps(metrics, indent=1))
@@ -577,7 +581,7 @@ def evaluate(
     teacher = _teacher_of(path, trainer.args.device) if weight else None
     metrics = _ranked(trainer, getattr(plan.divide(folder.log), part), teacher, weight)
     if output is not None:
-        write_text(output, json.dumps({"part": part, **metrics.to_dict()}, indent=1))
+        write_text(output, json.dumps({"part": part, TEACHER_WEIGHT: weight, **metrics.to_dict()}, indent=1))
     return metrics
 
 
@@ -697,7 +701,10 @@ def _teacher_of(run: Path, device: torch.device) -> Recommender:
     from gflowgr import collaborative
 
     if not (run / COLLABORATIVE).is_file():
-        raise FileNotFoundError(f"{run} has no {COLLABORATIVE}: no other recommender was asked in it")
+        raise FileNotFoundError(
+            f"{run} has no {COLLABORATIVE}, a teacher to rank beside its model; a teacher_weight of 0 needs "
+            "none"
+        )
     teacher = collaborative.load(run / COLLABORATIVE)
     return teacher.to(device) if isinstance(teacher, collaborative.TRAINED) else teacher
 

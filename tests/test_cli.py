@@ -164,7 +164,7 @@ def test_a_run_that_learned_from_no_other_has_no_teacher(
     run = str(folder / "run")
     assert "unrecognized arguments: --teach x=1" in error_of(capsys, "doctor", "--teach", "x=1")
     for command in (("evaluate", run), ("recommend", run, "10")):
-        assert "no other recommender was asked" in error_of(capsys, *command, "--teacher-weight", "0.5")
+        assert "a teacher to rank beside its model" in error_of(capsys, *command, "--teacher-weight", "0.5")
 
 
 def test_a_ranking_with_the_teacher_says_so(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -172,9 +172,16 @@ def test_a_ranking_with_the_teacher_says_so(folder: Path, capsys: pytest.Capture
     train = ["train", "--data", str(folder / "data"), "--output", run, "--recipe", "sft", *QUICK]
     beside = ["collaborative.model=popularity", "ranking.teacher_weight=0.5"]
     trained = output_of(capsys, *train, *beside)
-    measured = output_of(capsys, "evaluate", run)
-    for text in (trained, measured):
-        assert text.endswith("with the run's teacher at weight 0.5; --teacher-weight 0 leaves it out\n")
+    hint = "ranked with the run's teacher at weight 0.5; "
+    assert trained.endswith(f"{hint}gflowgr evaluate {run} --teacher-weight 0 leaves it out\n")
+    output = str(folder / "beside.json")
+    measured = output_of(capsys, "evaluate", run, "--output", output)
+    assert measured.endswith(f"{hint}--teacher-weight 0 leaves it out\n")
+    said = [
+        json.loads(Path(output).read_text()),
+        json.loads(output_of(capsys, "recommend", run, "10", "--json")),
+    ]
+    assert [document["teacher_weight"] for document in said] == [0.5, 0.5]
     assert "geometric mean of both probabilities" in output_of(capsys, "recommend", run, "10")
     assert "with the run's teacher" not in output_of(capsys, "evaluate", run, "--teacher-weight", "0")
     assert "probabilities" not in output_of(capsys, "recommend", run, "10", "--teacher-weight", "0")

@@ -9,8 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gflowgr import demo, pipeline
+from gflowgr import collaborative, demo, pipeline
+from gflowgr.backbones import GenerativeRecommender
+from gflowgr.data import split
 from gflowgr.demo_report import ALONE, BESIDE, CONTINUED, OURS, SFT, TB
+from gflowgr.ensemble import rank_together
 from gflowgr.folders import DataFolder
 from gflowgr.metrics import bootstrap_interval
 
@@ -86,7 +89,18 @@ def test_ours_stands_there_with_its_teacher_and_without(output: Path) -> None:
         summary = pipeline.evaluate(run, teacher_weight=weight).summary()
         assert rows[name]["ndcg@10"]["value"] == pytest.approx(summary["ndcg@10"], rel=1e-4)
         assert (rows[name]["nll"]["value"] is None) == (name == OURS)
-    assert rows[OURS] != rows[ALONE] and rows[BESIDE] != rows[CONTINUED]
+    found = [rows[name]["ndcg@10"]["value"] for name in (OURS, ALONE, BESIDE, CONTINUED)]
+    assert found[0] != found[1] and found[2] != found[3]
+    data = DataFolder.load(output / "data", tokenized=True)
+    supervised = GenerativeRecommender.load(output / "runs" / "sft-continued" / pipeline.CHECKPOINT)
+    both = rank_together(
+        supervised,
+        collaborative.load(output / "mixture.safetensors"),
+        split(data.log, max_history=demo.SHORT.history).test,
+        teacher_weight=0.8,
+        exclude_history=True,
+    )
+    assert found[2] == pytest.approx(both.summary()["ndcg@10"], rel=1e-4)
 
 
 @pytest.mark.slow

@@ -26,7 +26,8 @@ from gflowgr.ensemble import rank_together
 from gflowgr.folders import DataFolder, Items
 from gflowgr.generation import score_all
 from gflowgr.quality.run_users import load_run_users
-from gflowgr.recipes import OBJECTIVE, RECIPES
+from gflowgr.quality.runs import load_run
+from gflowgr.recipes import OBJECTIVE
 from gflowgr.settings import merge, override, read_yaml, to_yaml
 from gflowgr.shared_prefixes import SharedPrefixes
 from gflowgr.trie import PrefixTrie
@@ -339,7 +340,7 @@ def test_the_teacher_ranks_beside_the_model(trained: pipeline.TrainedRun, tmp_pa
     run = tmp_path / "run"
     shutil.copytree(trained.path, run)
     (run / pipeline.COLLABORATIVE).unlink()
-    with pytest.raises(FileNotFoundError, match="no other recommender was asked"):
+    with pytest.raises(FileNotFoundError, match="a teacher to rank beside its model; a teacher_weight of 0"):
         pipeline.recommend(run, ["no. 3"], teacher_weight=0.5)
 
     counts = torch.arange(NUM_ITEMS) ** 3
@@ -420,10 +421,7 @@ def test_recommend_names_an_item_it_does_not_know(
         ("model=3", "model needs keys"),
         ("ranking.teacher_wait=0.5", "teacher_wait.*'teacher_weight'"),
         ("ranking.teacher_weight=1.5", r"ranking\.teacher_weight is 1.5, needs to be from 0 to 1"),
-        (
-            "ranking.teacher_weight=0.5",
-            "teacher_weight is 0.5, but the scores of item-knn are no distribution",
-        ),
+        ("ranking.teacher_weight=0.5", r"collaborative\.model is item-knn, whose scores are no distribution"),
     ],
 )
 def test_a_wrong_setting_is_named_and_nothing_is_left(
@@ -439,12 +437,13 @@ POPULAR = ["collaborative={model: popularity}", "ranking.teacher_weight=0.5"]
 
 def test_a_run_ranks_as_its_settings_say(prepared: Path, tmp_path: Path) -> None:
     run = pipeline.train(prepared, tmp_path / "run", override(SMALL, POPULAR))
-    assert pipeline.teacher_weight(run.path) == 0.5
+    assert pipeline.teacher_weight(run.path) == run.teacher_weight == 0.5
+    assert json.loads((run.path / "metrics.json").read_text())["teacher_weight"] == 0.5
+    assert load_run(run.path).name == f"{run.path}, with its teacher"
     both, alone = pipeline.evaluate(run.path), pipeline.evaluate(run.path, teacher_weight=0.0)
     assert run.test.rank.tolist() == both.rank.tolist() != alone.rank.tolist()
     validation = pipeline.evaluate(run.path, part="validation").rank
     assert run.validation.rank.tolist() == validation.tolist()
-    load_run_users(run.path)  # It compares them with the metrics.
     lists = [pipeline.recommend(run.path, ["no. 3"], **given)[1] for given in ({}, {"teacher_weight": 0.5})]
     assert lists[0] == lists[1] != pipeline.recommend(run.path, ["no. 3"], teacher_weight=0.0)[1]
 
@@ -458,7 +457,9 @@ def test_a_teacher_may_only_rank(prepared: Path, tmp_path: Path) -> None:
     saved = override(SMALL, ["training.objective=sft", "ranking.teacher_weight=0.5"])
     knn = tmp_path / "knn.safetensors"
     ItemKNN.fit(split(DataFolder.load(prepared).log).sequences, NUM_ITEMS, progress=False).save(knn)
-    with pytest.raises(ValueError, match="item-knn are no distribution, needs sasrec"):
+    with pytest.raises(
+        ValueError, match=r"collaborative\.path is item-knn, whose scores are no distribution"
+    ):
         pipeline.train(prepared, tmp_path / "third", {**saved, "collaborative": {"path": str(knn)}})
 
 
@@ -642,11 +643,6 @@ def test_the_configs_of_the_repository_hold_no_wrong_key(path: Path) -> None:
     assert settings
     Plan.of({key: value for key, value in settings.items() if key in SECTIONS})
     Plan.of(settings)
-
-
-@pytest.mark.parametrize("name", sorted(RECIPES))
-def test_the_recipes_lie_there_as_configs(name: str) -> None:
-    assert read_yaml(Path(__file__).parent.parent / "configs" / f"{name}.yaml") == RECIPES[name]
 
 
 def test_there_are_configs() -> None:

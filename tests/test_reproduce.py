@@ -141,6 +141,22 @@ class TestCells:
             cells._rank_unseen(f"{row}-unseen", TINY, 0, place, kept, whole)
         assert seen[2:] == [True, True]
 
+    @pytest.mark.parametrize(("row", "weight"), [("sft-ensemble", 0.8), ("gflowgr-ensemble", 0.5)])
+    def test_a_teacher_has_the_weight_of_its_row(
+        self, place: Place, row: str, weight: float, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen = []
+
+        def ranked(*args: Any, teacher_weight: float, **options: Any) -> Metrics:
+            seen.append(teacher_weight)
+            return ensemble.rank_together(*args, teacher_weight=teacher_weight, **options)
+
+        run(place, *before(row))
+        monkeypatch.setattr(cells, "rank_together", ranked)
+        for name in (row, f"{row}-unseen"):
+            run(place, name)
+        assert seen == [weight] * 4
+
     def test_weights_that_adapt_are_kept_of_every_step(self, place: Place) -> None:
         run(place, *before("gflowgr-tb-adaptive"), "gflowgr-tb-adaptive")
         schedule = WeightSchedule.load(place.schedule("tiny", "gflowgr-tb-adaptive", 0))

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from gflowgr.metrics import Metrics
 
 METRICS = "metrics.json"
+# Of the recommender that ranked beside the model, in the metrics.
+TEACHER_WEIGHT = "teacher_weight"
 _RANKS = ("validation_rank", "test_rank")
 _ABOUT_USERS = ("history_length", "target_popularity")
 
@@ -39,6 +41,7 @@ class RunUsers:
         validation_rank: uint8 or uint16, place of each validation target, 1 the top, 0 not in the list.
         test_rank: the same of the test part, (U,).
         users: about the test contexts.
+        teacher_weight: of the recommender that ranked beside the model, 0 where none did.
     """
 
     places: int
@@ -46,6 +49,7 @@ class RunUsers:
     validation_rank: np.ndarray
     test_rank: np.ndarray
     users: Users
+    teacher_weight: float
 
 
 def save_run_users(folder: PathLike, parts: Split, validation: Metrics, test: Metrics) -> Path:
@@ -77,6 +81,7 @@ def load_run_users(folder: PathLike) -> RunUsers:
         document = json.loads((folder / METRICS).read_text(encoding="utf-8"))
         stated = {part: _values(document[part]) for part in ("validation", "test")}
         num_items = int(document["test"]["num_items"])
+        teacher_weight = float(document.get(TEACHER_WEIGHT, 0.0))
     except (UnicodeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / METRICS}: not the metrics of a run: {error!r}") from error
     try:
@@ -89,7 +94,8 @@ def load_run_users(folder: PathLike) -> RunUsers:
             raise ValueError(f"history_length has {len(users)} users, test_rank {len(arrays['test_rank'])}")
     except ValueError as error:
         raise ValueError(f"{folder / USERS} and {METRICS}: {error}") from error
-    return RunUsers(places, num_items, arrays["validation_rank"], arrays["test_rank"], users)
+    ranks = arrays["validation_rank"], arrays["test_rank"]
+    return RunUsers(places, num_items, *ranks, users, teacher_weight)
 
 
 def check_ranks(part: str, rank: np.ndarray, places: int) -> None:

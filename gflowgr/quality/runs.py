@@ -46,7 +46,8 @@ def load_run(run: PathLike, results: PathLike = RESULTS) -> Run:
         return _of_cells(str(run), [Cell.load(path)], path.parent, single=True)
     if path.is_dir():
         kept = load_run_users(path)
-        return Run(str(run), None, kept.num_items, kept.places, {None: kept.test_rank}, kept.users)
+        name = f"{run}, with its teacher" if kept.teacher_weight else str(run)
+        return Run(name, None, kept.num_items, kept.places, {None: kept.test_rank}, kept.users)
     folder = Path(results) / path.parent
     if len(path.parts) != 2 or not folder.is_dir():
         raise FileNotFoundError(
