@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from gflowgr.demo import Budget
 
 SFT, CONTINUED, TB, OURS = "SFT", "SFT, continued", "GFlowGR, paper's TB", "GFlowGR"
-# The same two the other way: who ranks with the teacher here ranks alone there.
+# `CONTINUED` ranked with the teacher, and `OURS` without: nothing is trained for these.
 BESIDE, ALONE = f"{CONTINUED}, with the teacher", f"{OURS}, alone"
 ITEM_KNN, SASREC, TEACHER = "Item kNN", "SASRec", "SASRec with item kNN"
 RUNS = {SFT: "sft", CONTINUED: "sft-continued", TB: "gflowgr-tb", OURS: "gflowgr"}
