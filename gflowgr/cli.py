@@ -552,7 +552,7 @@ def _add_reproduce(commands: Any) -> None:
         "gflowgr reproduce --data data --dataset scientific --rows sft gflowgr --seeds 0 1 2 --jobs 2",
     )
     parser.add_argument(
-        "--data", required=True, metavar="FOLDER", help="with a folder for each data set, see docs/recipe.md"
+        "--data", required=True, metavar="FOLDER", help="with a folder for each data set, see docs/results.md"
     )
     parser.add_argument("--dataset", nargs="+", default=["scientific"], metavar="NAME", help="(scientific)")
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="(those of the main table)")
@@ -602,7 +602,13 @@ def _add_table(commands: Any) -> None:
     )
     parser.add_argument("--markdown", action="store_true", help="print markdown")
     parser.add_argument("--figures", metavar="FOLDER", help="write the table's figures there")
-    parser.add_argument("--page", metavar="FILE.md", help="put the tables between the marks of this page")
+    parser.add_argument(
+        "--page",
+        nargs="+",
+        default=[],
+        metavar="FILE.md",
+        help="put the tables, a summary of all data sets and how GFlowGR stands between the marks of these",
+    )
 
 
 def _table(arguments: argparse.Namespace) -> int:
@@ -610,8 +616,10 @@ def _table(arguments: argparse.Namespace) -> int:
 
     tables = table.read_tables(arguments.results, arguments.dataset)
     table_text.show(tables, as_markdown=arguments.markdown)
-    if arguments.page is not None:
-        table_text.rewrite(Path(arguments.page), tables)
+    if arguments.page:
+        blocks = table_text.blocks(tables, arguments.results)
+        for page in arguments.page:
+            table_text.rewrite(Path(page), blocks)
     if arguments.figures is not None:
         from gflowgr.quality.figures import write_figures
 

@@ -6,41 +6,13 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from quality_fixtures import USERS, cell_of
 
 from gflowgr.adaptive import WeightSchedule
 from gflowgr.quality.figures import ABLATIONS, ablations, overview, write_figures
-from gflowgr.quality.results import SCHEDULES, Cell
+from gflowgr.quality.results import SCHEDULES
 from gflowgr.quality.rows import ROWS
 from gflowgr.quality.table import make_table, read_tables
-from gflowgr.quality.table_text import BEGIN, END, NOTE, markdown, rewrite
-
-USERS = 40
-
-
-def cell_of(row: str, rank: int, coverage: float = 0.5, seed: int = 0) -> Cell:
-    """Everyone's target at one place, but for the first user, whose target is not in the list."""
-    ranks = np.full(USERS, rank, dtype=np.uint8)
-    ranks[0] = 0
-    gain = float(np.where(ranks > 0, 1 / np.log2(1.0 + np.maximum(ranks, 1)), 0).mean())
-    metrics = {"recall@10": (USERS - 1) / USERS, "ndcg@10": gain, "coverage@10": coverage}
-    return Cell(
-        dataset="toys",
-        row=row,
-        seed=seed,
-        settings={},
-        grid=None,
-        built_on=list(ROWS[row].built_on),
-        budget={"steps": 1, "contexts": 1, "seconds": 1.0, "total_seconds": 1.0},
-        num_users=USERS,
-        num_items=30,
-        validation=metrics,
-        test=metrics,
-        commit="",
-        device="",
-        versions={},
-        validation_rank=ranks,
-        test_rank=ranks,
-    )
 
 
 def test_every_ablation_is_a_row() -> None:
@@ -96,23 +68,3 @@ def test_the_files_are_the_same_for_the_same_results(tmp_path: Path) -> None:
     for path in first.iterdir():
         assert path.read_bytes() == (second / path.name).read_bytes()
         assert ElementTree.fromstring(path.read_bytes()).tag.endswith("svg")
-
-
-def test_a_page_gets_the_tables_between_its_marks(tmp_path: Path) -> None:
-    table = make_table("toys", [cell_of("sft", 3), cell_of("gflowgr", 1)])
-    page = tmp_path / "page.md"
-    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    for _ in range(2):
-        rewrite(page, [table])
-        assert page.read_text() == f"before\n{BEGIN}\n{markdown(table)}\n\n{NOTE}\n{END}\nafter\n"
-    page.write_text("no marks")
-    with pytest.raises(ValueError, match="needs both"):
-        rewrite(page, [table])
-
-
-def test_the_page_of_the_recipe_shows_the_committed_results(tmp_path: Path) -> None:
-    root = Path(__file__).parents[1]
-    page = tmp_path / "recipe.md"
-    page.write_text((root / "docs" / "recipe.md").read_text())
-    rewrite(page, read_tables(root / "benchmarks" / "results" / "quality"))
-    assert page.read_text() == (root / "docs" / "recipe.md").read_text()

@@ -14,8 +14,6 @@ pytest.importorskip("transformers")
 import training_fixtures as fixtures
 
 from gflowgr.backbones import build_t5
-from gflowgr.page import NONE, number, signed, signed_percent
-from gflowgr.quality.table import read_tables
 
 README = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
 
@@ -77,35 +75,3 @@ def _whole_sequence(data, user: int) -> list[int]:
     offsets = data.sequences.offsets
     training = data.sequences.items[offsets[user] : offsets[user + 1]].tolist()
     return [*training, int(data.validation.target[user]), int(data.test.target[user])]
-
-
-def test_the_figures_of_quality_are_those_of_the_committed_results() -> None:
-    shown = re.search(r"<!-- quality -->(.*?)<!-- /quality -->", README, re.DOTALL)
-    assert shown is not None
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown[1].strip().splitlines()]
-    assert len(lines) > 4
-    tables = read_tables(Path(__file__).parents[1] / "benchmarks" / "results" / "quality", ["scientific"])
-    for name, seeds, *figures in lines[2:]:
-        line = tables[0].line(name.strip("`"))
-        assert line is not None and int(seeds) == len(line.seeds)
-        spreads = [line.metrics[metric] for metric in ("recall@10", "ndcg@10", "coverage@10")]
-        assert figures == [number(spread.mean) for spread in spreads if spread is not None]
-
-
-def test_the_figures_of_all_data_sets_are_those_of_the_committed_results() -> None:
-    shown = re.search(r"<!-- data sets -->(.*?)<!-- /data sets -->", README, re.DOTALL)
-    assert shown is not None
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown[1].strip().splitlines()]
-    tables = read_tables(Path(__file__).parents[1] / "benchmarks" / "results" / "quality")
-    assert [name for name, *_ in lines[2:]] == [f"`{table.dataset}`" for table in tables]
-    for table, (_, seeds, *figures, over) in zip(tables, lines[2:], strict=True):
-        alone = ("item-knn", "sasrec", "mixture", "sft", "gflowgr")
-        rows = [table.line(name) for name in (*alone, "sft-ensemble", "gflowgr-ensemble")]
-        spreads = [None if row is None else row.metrics["ndcg@10"] for row in rows]
-        assert figures == [NONE if spread is None else number(spread.mean) for spread in spreads]
-        ours = table.line("gflowgr")
-        assert ours is not None and int(seeds) == len(ours.seeds) and ours.over_baseline is not None
-        difference = ours.over_baseline.difference
-        low, high = signed(difference.low), signed(difference.high)
-        share = signed_percent(difference.mean / ours.over_baseline.base)
-        assert over == f"{share} [{low}, {high}]"

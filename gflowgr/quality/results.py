@@ -19,8 +19,8 @@ from gflowgr.folders import write_text, written
 
 FORMAT = "gflowgr.quality/1"
 USERS = "users.npz"
-# How the rows end whose lists lack the items of the history.
-UNSEEN = "-unseen"
+# How the rows end whose lists lack the items of the history, and those that rank beside their teacher.
+UNSEEN, TOGETHER = "-unseen", "-ensemble"
 # Beside the cells: the weights of samplers that adapt, as `gflowgr.adaptive.WeightSchedule` writes them.
 SCHEDULES = "schedules"
 # The lists that the ranks are places in.

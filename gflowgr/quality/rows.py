@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from gflowgr.quality.results import UNSEEN
+from gflowgr.quality.results import TOGETHER, UNSEEN
 from gflowgr.recipes import GFLOWGR, OBJECTIVE, SFT
 from gflowgr.settings import merge
 
@@ -258,7 +258,7 @@ ROWS: dict[str, Row] = {
 # supervised models on the validation part, for ours in the rehearsal.
 _LENGTHS = [f"{method}{length}" for method in ("sft", "gflowgr") for length in ("", "-longer", "-longest")]
 ROWS |= {
-    f"{row}-ensemble": Row(
+    row + TOGETHER: Row(
         "ensemble", {"teacher_weight": 0.8 if row.startswith("sft") else 0.5}, start=row, teacher="mixture"
     )
     for row in _LENGTHS

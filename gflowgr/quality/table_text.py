@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gflowgr.folders import write_text
 from gflowgr.page import NONE, number, signed
+from gflowgr.quality import standings
 from gflowgr.quality.pairing import Paired
+from gflowgr.quality.results import PathLike
 from gflowgr.quality.table import BASELINE, METRICS, TEACHER, Line, Table
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
-BEGIN, END = "<!-- table -->", "<!-- /table -->"
 _ANY_WIDTH = 10_000
 _GAP = 2
 TITLES = ("R@5", "R@10", "N@5", "N@10", "coverage@10", "gini@10", "diversity@10")
@@ -79,18 +81,39 @@ def markdown(table: Table) -> str:
     return "\n".join([f"### {facts(table)}", "", *(f"| {' | '.join(cells)} |" for cells in lines)])
 
 
-def rewrite(page: Path, tables: list[Table]) -> None:
-    """Puts the tables between the marks of a page.
+def markdown_of_all(tables: list[Table]) -> str:
+    """All tables in markdown, and what their numbers are."""
+    return "\n\n".join([*map(markdown, tables), NOTE])
+
+
+def blocks(tables: list[Table], results: PathLike) -> dict[str, str]:
+    """What stands between the marks of a page: the tables, and two short ones of the data sets among them."""
+    shown = {table.dataset for table in tables}
+    places = [place for place in standings.places(results) if place.data_set in shown]
+    short = {"summary": standings.summary(places), "standings": standings.standings(places)} if places else {}
+    return {"table": markdown_of_all(tables), **short}
+
+
+def rewrite(page: Path, blocks: Mapping[str, str]) -> None:
+    """Puts each block that a page has marks for between them: `<!-- name -->` and `<!-- /name -->`.
 
     Raises:
-        ValueError: the page has no marks.
+        ValueError: the page has marks for none of them, or one mark of a pair.
     """
-    before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{page} lacks {BEGIN} or {END}, needs both, in this order")
-    block = "\n\n".join([*map(markdown, tables), NOTE])
-    write_text(page, f"{before}{BEGIN}\n{block}\n{END}{after}")
+    text = page.read_text(encoding="utf-8")
+    found = False
+    for name, block in blocks.items():
+        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        if begin not in text and end not in text:
+            continue
+        before, _, rest = text.partition(begin)
+        _, closed, after = rest.partition(end)
+        if not closed:
+            raise ValueError(f"{page} lacks {begin} or {end}, needs both, in this order")
+        text, found = f"{before}{begin}\n{block}\n{end}{after}", True
+    if not found:
+        raise ValueError(f"{page} has no marks, needs <!-- {next(iter(blocks))} --> and its end at least")
+    write_text(page, text)
 
 
 def show(tables: list[Table], *, as_markdown: bool = False) -> None:
@@ -98,7 +121,7 @@ def show(tables: list[Table], *, as_markdown: bool = False) -> None:
     from rich.console import Console
 
     if as_markdown:
-        print("\n\n".join([*map(markdown, tables), NOTE]) + "\n")
+        print(markdown_of_all(tables) + "\n")
         return
     console = Console(highlight=False)
     for table in tables:
