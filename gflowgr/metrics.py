@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 _USERS_AT_ONCE = 4096
+# Numbers of a byte that a bootstrap may keep for the next one.
+_KEPT_DRAWS = 50_000_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,12 +208,28 @@ def _interval(values: np.ndarray, level: float, samples: int, seed: int) -> tupl
         raise ValueError(f"level needs to lie between 0 and 1, got {level}")
     if samples < 1:
         raise ValueError(f"samples needs to be at least 1, got {samples}")
-    generator = np.random.default_rng(seed)
-    means = np.array(
-        [values[generator.integers(len(values), size=len(values))].mean() for _ in range(samples)]
-    )
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    sums = [(times * values).sum() for times in _draws(len(values), samples, seed)]
+    low, high = np.quantile(np.array(sums) / len(values), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def _draws(size: int, samples: int, seed: int) -> Iterable[np.ndarray]:
+    """How often each sample has each user, (size,); kept, since a table asks for the same ones again."""
+    if size * samples > _KEPT_DRAWS:
+        return _drawn(size, samples, seed)
+    return _kept_draws(size, samples, seed)
+
+
+@lru_cache(maxsize=4)
+def _kept_draws(size: int, samples: int, seed: int) -> np.ndarray:
+    # That a sample has one user 256 times does not happen.
+    return np.stack([times.astype(np.uint8) for times in _drawn(size, samples, seed)])
+
+
+def _drawn(size: int, samples: int, seed: int) -> Iterator[np.ndarray]:
+    generator = np.random.default_rng(seed)
+    for _ in range(samples):
+        yield np.bincount(generator.integers(size, size=size), minlength=size)
 
 
 def _gini(counts: Tensor) -> float:

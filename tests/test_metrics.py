@@ -260,6 +260,18 @@ class TestBootstrap:
         assert bootstrap_interval(values, seed=4) == bootstrap_interval(values, seed=4)
         assert bootstrap_interval(values, seed=4) != bootstrap_interval(values, seed=5)
 
+    @pytest.mark.parametrize("kept", [0, 50_000_000])
+    def test_means_of_users_drawn_again_whether_the_draws_are_kept_or_not(
+        self, kept: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(metrics_module, "_KEPT_DRAWS", kept)
+        values = np.random.default_rng(2).normal(size=300)
+        generator = np.random.default_rng(7)
+        means = [values[generator.integers(300, size=300)].mean() for _ in range(50)]
+        for _ in range(2):
+            found = bootstrap_interval(values, samples=50, seed=7)
+            assert found == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), rel=1e-12)
+
     def test_leaves_out_users_without_a_number(self) -> None:
         values = [0.0, math.nan, 1.0, 2.0]
         assert bootstrap_interval(values) == bootstrap_interval([0.0, 1.0, 2.0])
