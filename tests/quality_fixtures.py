@@ -10,12 +10,12 @@ from gflowgr.quality.rows import ROWS
 USERS = 40
 
 
-def cell_of(row: str, rank: int, coverage: float = 0.5, seed: int = 0) -> Cell:
-    """Everyone's target at one place, but for the first user, whose target is not in the list."""
+def cell_of(row: str, rank: int, coverage: float = 0.5, seed: int = 0, missed: int = 1) -> Cell:
+    """Everyone's target at one place, but for the first users, whose targets are not in the list."""
     ranks = np.full(USERS, rank, dtype=np.uint8)
-    ranks[0] = 0
+    ranks[:missed] = 0
     gain = float(np.where(ranks > 0, 1 / np.log2(1.0 + np.maximum(ranks, 1)), 0).mean())
-    metrics = {"recall@10": (USERS - 1) / USERS, "ndcg@10": gain, "coverage@10": coverage}
+    metrics = {"recall@10": (USERS - missed) / USERS, "ndcg@10": gain, "coverage@10": coverage}
     return Cell(
         dataset="toys",
         row=row,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,28 +10,54 @@ import numpy as np
 import pytest
 from quality_fixtures import USERS, cell_of
 
-from gflowgr.page import NONE
+from gflowgr.page import NONE, number, signed, signed_percent
 from gflowgr.quality.results import Cell, save_users
-from gflowgr.quality.standings import places, standings, summary
+from gflowgr.quality.standings import NOT_RUN, places, standings, summary
 from gflowgr.quality.table import make_table, read_tables
 from gflowgr.quality.table_text import NOTE, blocks, markdown, markdown_of_all, rewrite
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/recipe.md", "docs/results.md")
+PAGES = {"README.md": ["summary"], "docs/recipe.md": ["summary"], "docs/results.md": ["table", "standings"]}
+
+
+# Each row: its seeds, with the target's place and how many users miss theirs.
+RESULTS = {
+    "sft": {0: (5, 10), 1: (6, 12), 2: (1, 0)},
+    "sasrec": {0: (4, 8), 1: (4, 9)},
+    "mixture": {0: (3, 5), 1: (3, 6)},
+    "gflowgr": {0: (3, 6), 1: (4, 6), 3: (1, 0)},
+    "sft-ensemble": {0: (2, 5), 1: (3, 4)},
+    "gflowgr-ensemble": {0: (2, 3), 1: (2, 2)},
+    "sft-longer": {0: (5, 9)},
+    "gflowgr-longer": {0: (2, 4)},
+    "gflowgr-longer-ensemble": {0: (1, 4)},
+    "gflowgr-unseen": {0: (2, 5)},
+    "sft-unseen": {0: (3, 9)},
+    "mixture-unseen": {0: (1, 5)},
+}
+
+
+def ndcg(row: str, *seeds: int) -> float:
+    return float(np.mean([(USERS - missed) / USERS / np.log2(1 + rank) for rank, missed in _of(row, seeds)]))
+
+
+def recall(row: str, *seeds: int) -> float:
+    return float(np.mean([(USERS - missed) / USERS for _, missed in _of(row, seeds)]))
+
+
+def _of(row: str, seeds: Sequence[int]) -> list[tuple[int, int]]:
+    return [RESULTS[row][seed] for seed in seeds]
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Of results: GFlowGR leads SFT, its teacher leads both, and with it GFlowGR leads all."""
-    places = {"sft": 3, "mixture": 1, "gflowgr": 2, "sft-ensemble": 2, "gflowgr-ensemble": 1, "sasrec": 4}
+    """Of results."""
     return _saved(
         tmp_path,
         [
-            *(cell_of(row, rank) for row, rank in places.items()),
-            cell_of("gflowgr", 4, seed=1),
-            cell_of("gflowgr-longer", 1),
-            cell_of("gflowgr-unseen", 1),
-            cell_of("sft-unseen", 2),
+            cell_of(row, rank, seed=seed, missed=missed)
+            for row, seeds in RESULTS.items()
+            for seed, (rank, missed) in seeds.items()
         ],
     )
 
@@ -49,50 +76,70 @@ def _rows(markdown: str) -> list[list[str]]:
 
 def test_the_summary_has_means_over_the_seeds_in_common(folder: Path) -> None:
     titles, base, longer = _rows(summary(places(folder)))
-    assert titles[2:] == [
-        "SFT", "SASRec", "the teacher", "GFlowGR alone", "SFT with the teacher", "GFlowGR with its teacher"
-    ]  # fmt: skip
-    share = (USERS - 1) / USERS
-    gain = {rank: share / np.log2(1 + rank) for rank in (1, 2, 3, 4)}
-    alone = (gain[2] + gain[4]) / 2
-
-    def shown(ndcg: float, best: bool = False) -> str:
-        text = f"{ndcg:.4f} ({share:.4f})".replace("0.", ".")
-        return f"**{text}**" if best else text
-
-    assert base[:2] == ["`toys`", "2"]
-    assert base[2:] == [
-        shown(gain[3]),
-        shown(gain[4]),
-        shown(gain[1], best=True),
-        shown(alone),
-        shown(gain[2]),
-        shown(gain[1], best=True),
+    assert titles == [
+        *("data set", "seeds", "SFT", "SASRec", "the teacher", "GFlowGR alone"),
+        *("SFT with the teacher", "GFlowGR with its teacher"),
     ]
-    assert longer[:3] == ["`toys`, twice the steps", "1", NONE]
-    assert longer[4:] == [shown(gain[1], best=True), shown(gain[1], best=True), NONE, NONE]
+
+    def shown(row: str, *seeds: int) -> str:
+        return f"{number(ndcg(row, *seeds))} ({number(recall(row, *seeds))})"
+
+    rows = ["sft", "sasrec", "mixture", "gflowgr", "sft-ensemble", "gflowgr-ensemble"]
+    means = [shown(row, 0, 1) for row in rows]
+    assert base == ["`toys`", "2", *means[:-1], f"**{means[-1]}**"]
+    # Nothing is the best of a line that lacks a row.
+    rows = ["sft-longer", "sasrec", "mixture", "gflowgr-longer", "gflowgr-longer-ensemble"]
+    means = [shown(row, 0) for row in rows]
+    assert longer == ["`toys`, twice the steps", "1", *means[:-1], NONE, means[-1]]
 
 
 def test_the_standings_have_differences_with_intervals(folder: Path) -> None:
-    text = standings(places(folder))
-    alone, together, *_ = text.split("**GFlowGR with its teacher, N@10 over …**")
-    titles, base, longer, unseen = _rows(alone)
-    assert titles == ["data set", "SFT", "SASRec", "item kNN", "its teacher"]
-    share = (USERS - 1) / USERS
-    # Seed 1 was run by GFlowGR alone.
-    over_sft = share * (1 / np.log2(3) - 1 / np.log2(4))
-    assert base[1].startswith(f"**+{over_sft:.4f}**".replace("0.", ".") + " (+26.2%) [+.")
-    assert base[3] == NONE and base[4].startswith("**\N{MINUS SIGN}.")
-    assert longer[0] == "`toys`, twice the steps" and longer[1] == NONE
-    # The mean over users and nobody's interval: the teacher has every target at the same place.
-    assert longer[4] == "+.0000 [+.0000, +.0000]"
-    assert unseen[0] == "`toys`, without the history" and unseen[1].startswith("**+.")
-    assert _rows(together.partition("R@10")[0])[1][2] == "+.0000 [+.0000, +.0000]"
+    measures = {"N@10": ndcg, "R@10": recall}
+    parts = re.split(r"\*\*(GFlowGR .*?), (.@10) over …\*\*", standings(places(folder)))[1:]
+    found = {(who, metric): _rows(table) for who, metric, table in zip(*[iter(parts)] * 3, strict=True)}
+    assert list(found) == [
+        (who, metric) for metric in measures for who in ("GFlowGR alone", "GFlowGR with its teacher")
+    ]
+
+    def begins(cell: str, metric: str, row: str, other: str, *seeds: int) -> None:
+        mine, theirs = (measures[metric](name, *seeds) for name in (row, other))
+        mean = signed(mine - theirs)
+        assert cell.replace("*", "").startswith(mean + " "), (metric, row, other)
+        low, high = (float(end) for end in re.findall(r"[-+]\.\d+", cell.replace("\N{MINUS SIGN}", "-"))[-2:])
+        assert low <= mine - theirs <= high and ("**" in cell) == (low > 0 or high < 0), (metric, row, other)
+        if other.startswith("sft") and not other.startswith("sft-ensemble"):
+            assert f"({signed_percent((mine - theirs) / theirs)})" in cell
+
+    for metric in measures:
+        titles, base, longer, unseen = found["GFlowGR alone", metric]
+        assert titles == ["data set", "SFT", "SASRec", "item kNN", "its teacher"]
+        assert base[0] == "`toys`" and base[3] == NONE
+        begins(base[1], metric, "gflowgr", "sft", 0, 1)
+        begins(base[2], metric, "gflowgr", "sasrec", 0, 1)
+        begins(base[4], metric, "gflowgr", "mixture", 0, 1)
+        assert longer[0] == "`toys`, twice the steps"
+        begins(longer[1], metric, "gflowgr-longer", "sft-longer", 0)
+        begins(longer[4], metric, "gflowgr-longer", "mixture", 0)
+        assert unseen[0] == "`toys`, without the history" and unseen[2] == NONE
+        begins(unseen[1], metric, "gflowgr-unseen", "sft-unseen", 0)
+        begins(unseen[4], metric, "gflowgr-unseen", "mixture-unseen", 0)
+        titles, base, longer = found["GFlowGR with its teacher", metric]
+        assert titles == ["data set", "SFT", "its teacher", "SFT with the same teacher", "itself alone"]
+        begins(base[1], metric, "gflowgr-ensemble", "sft", 0, 1)
+        begins(base[2], metric, "gflowgr-ensemble", "mixture", 0, 1)
+        begins(base[3], metric, "gflowgr-ensemble", "sft-ensemble", 0, 1)
+        begins(base[4], metric, "gflowgr-ensemble", "gflowgr", 0, 1)
+        begins(longer[1], metric, "gflowgr-longer-ensemble", "sft-longer", 0)
+        assert longer[3] == NONE
+        begins(longer[4], metric, "gflowgr-longer-ensemble", "gflowgr-longer", 0)
 
 
-def test_a_folder_without_gflowgr_has_the_tables_alone(tmp_path: Path) -> None:
-    results = _saved(tmp_path, [cell_of("sft", 3)])
-    assert list(blocks(read_tables(results), results)) == ["table"]
+@pytest.mark.parametrize("rows", [["sft"], ["sft", "gflowgr-unseen"]])
+def test_without_the_model_there_is_no_summary(tmp_path: Path, rows: list[str]) -> None:
+    results = _saved(tmp_path, [cell_of(row, 3) for row in rows])
+    found = blocks(read_tables(results), results)
+    assert found["summary"] == NOT_RUN
+    assert (found["standings"] == NOT_RUN) == (rows == ["sft"])
 
 
 def test_a_page_gets_what_it_has_marks_for(tmp_path: Path) -> None:
@@ -112,11 +159,19 @@ def test_a_page_gets_what_it_has_marks_for(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("text", ["<!-- table -->", "<!-- /table -->", "<!-- /table --> <!-- table -->"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<!-- table -->",
+        "<!-- /table -->",
+        "<!-- /table --> <!-- table -->",
+        "<!-- table --> <!-- /table --> <!-- table --> <!-- /table -->",
+    ],
+)
 def test_a_mark_needs_its_other(tmp_path: Path, text: str) -> None:
     page = tmp_path / "page.md"
     page.write_text(text)
-    with pytest.raises(ValueError, match="needs both, in this order"):
+    with pytest.raises(ValueError, match="once each, in this order"):
         rewrite(page, {"table": "long"})
     assert page.read_text() == text
 
@@ -124,15 +179,16 @@ def test_a_mark_needs_its_other(tmp_path: Path, text: str) -> None:
 def test_a_page_without_marks_is_told_so(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("no marks")
-    with pytest.raises(ValueError, match="has no marks, needs <!-- table -->"):
+    with pytest.raises(ValueError, match="has no marks, needs one of <!-- table --> and its end"):
         rewrite(page, {"table": "long"})
 
 
 def test_the_committed_pages_show_the_committed_results(tmp_path: Path) -> None:
     results = ROOT / "benchmarks" / "results" / "quality"
     now = blocks(read_tables(results), results)
-    for number, name in enumerate(PAGES):
-        copy = tmp_path / f"{number}.md"
+    for name, shown in PAGES.items():
+        copy = tmp_path / "page.md"
         copy.write_text((ROOT / name).read_text())
-        rewrite(copy, now)
+        rewrite(copy, {block: now[block] for block in shown})
+        assert all(f"<!-- {block} -->" in copy.read_text() for block in shown)
         assert copy.read_text() == (ROOT / name).read_text(), f"{name}: gflowgr table --page {name}"

@@ -9,15 +9,17 @@ from pathlib import Path
 from gflowgr.page import NONE, number, signed, signed_percent
 from gflowgr.quality.pairing import mean_over_seeds, paired_difference
 from gflowgr.quality.results import TOGETHER, UNSEEN, Cell, PathLike, load_cells
-from gflowgr.quality.table import BASELINE, SUBJECT, TEACHER
+from gflowgr.quality.table import BASELINE, SUBJECT, TEACHER, teacher_of
 
 LENGTHS = {"": "", "-longer": ", twice the steps", "-longest": ", four times the steps"}
 LISTS = {"": "", UNSEEN: ", without the history"}
 METRICS = {"ndcg@10": "N@10", "recall@10": "R@10"}
-MIXTURE, NEIGHBOURS = "mixture", "item-knn"
+NEIGHBOURS = "item-knn"
+NOT_RUN = "GFlowGR was not run."
 SUMMARY_NOTE = (
-    "N@10 (R@10) on the test part, means over the seeds that the model alone was run with and the other row "
-    "has too; the best N@10 bold. SFT and GFlowGR with as many steps; the teacher is SASRec with item kNN."
+    "NDCG@10 (Recall@10) on the test part, means over the seeds that all of a line have; the best of a whole "
+    "line bold. SFT is supervised fine-tuning, with as many steps as GFlowGR; the teacher is what GFlowGR "
+    "learned from, SASRec with item neighbours."
 )
 STANDINGS_NOTE = (
     "Differences over the seeds that both have, with the 95 % paired bootstrap interval over users; bold "
@@ -50,13 +52,18 @@ class Place:
         return self.cells(SUBJECT + self.length + TOGETHER)
 
     @property
+    def teacher(self) -> Sequence[Cell]:
+        """What the model learned from."""
+        return self.cells(teacher_of(self.rows.get(SUBJECT + self.length, self.alone)))
+
+    @property
     def others(self) -> dict[str, Sequence[Cell]]:
         """What the model alone stands against, by title."""
         return {
             "SFT": self.cells(BASELINE + self.length),
             "SASRec": self.cells(TEACHER),
             "item kNN": self.cells(NEIGHBOURS),
-            "its teacher": self.cells(MIXTURE),
+            "its teacher": self.teacher,
         }
 
     @property
@@ -64,7 +71,7 @@ class Place:
         """What model and teacher together stand against."""
         return {
             "SFT": self.cells(BASELINE + self.length),
-            "its teacher": self.cells(MIXTURE),
+            "its teacher": self.teacher,
             "SFT with the same teacher": self.cells(BASELINE + self.length + TOGETHER),
             "itself alone": self.alone,
         }
@@ -98,21 +105,25 @@ def summary(all_places: Sequence[Place]) -> str:
     for place in all_places:
         if place.lists:
             continue
-        seeds = [cell.seed for cell in place.alone]
         columns = {
             "SFT": place.others["SFT"],
             "SASRec": place.others["SASRec"],
-            "the teacher": place.others["its teacher"],
+            "the teacher": place.teacher,
             "GFlowGR alone": place.alone,
             "SFT with the teacher": place.others_together["SFT with the same teacher"],
             "GFlowGR with its teacher": place.together,
         }
-        means = {title: _means(cells, seeds) for title, cells in columns.items()}
-        best = max(found[0] for found in means.values() if found is not None)
-        shown = [_mean_cell(found, best) for found in means.values()]
+        seeds = {cell.seed for cell in place.alone}
+        for cells in columns.values():
+            # A row without any of them is left out of the line.
+            seeds = seeds & {cell.seed for cell in cells} or seeds
+        means = {title: _means(cells, sorted(seeds)) for title, cells in columns.items()}
+        found = [mean for mean in means.values() if mean is not None]
+        best = max(found) if len(found) == len(means) else None
+        shown = [_mean_cell(mean, best) for mean in means.values()]
         line = {"data set": place.name, "seeds": str(len(seeds))}
         lines.append(line | dict(zip(means, shown, strict=True)))
-    return f"{_markdown(lines)}\n\n{SUMMARY_NOTE}"
+    return f"{_markdown(lines)}\n\n{SUMMARY_NOTE}" if lines else NOT_RUN
 
 
 def standings(all_places: Sequence[Place]) -> str:
@@ -126,22 +137,21 @@ def standings(all_places: Sequence[Place]) -> str:
         for heading, lines in (("GFlowGR alone", alone), ("GFlowGR with its teacher", together)):
             if lines:
                 parts.append(f"**{heading}, {title} over …**\n\n{_markdown(lines)}")
-    return "\n\n".join([*parts, STANDINGS_NOTE])
+    return "\n\n".join([*parts, STANDINGS_NOTE]) if parts else NOT_RUN
 
 
 def _means(cells: Sequence[Cell], seeds: Sequence[int]) -> tuple[float, float] | None:
-    common = [seed for seed in seeds if seed in {cell.seed for cell in cells}]
-    if not common:
+    if not {cell.seed for cell in cells}.intersection(seeds):
         return None
-    first, second = (float(mean_over_seeds(cells, metric, common).mean()) for metric in METRICS)
+    first, second = (float(mean_over_seeds(cells, metric, seeds).mean()) for metric in METRICS)
     return first, second
 
 
-def _mean_cell(found: tuple[float, float] | None, best: float) -> str:
+def _mean_cell(found: tuple[float, float] | None, best: tuple[float, float] | None) -> str:
     if found is None:
         return NONE
     text = f"{number(found[0])} ({number(found[1])})"
-    return f"**{text}**" if found[0] == best else text
+    return f"**{text}**" if found == best else text
 
 
 def _differences(

@@ -90,29 +90,34 @@ def blocks(tables: list[Table], results: PathLike) -> dict[str, str]:
     """What stands between the marks of a page: the tables, and two short ones of the data sets among them."""
     shown = {table.dataset for table in tables}
     places = [place for place in standings.places(results) if place.data_set in shown]
-    short = {"summary": standings.summary(places), "standings": standings.standings(places)} if places else {}
-    return {"table": markdown_of_all(tables), **short}
+    return {
+        "table": markdown_of_all(tables),
+        "summary": standings.summary(places),
+        "standings": standings.standings(places),
+    }
 
 
 def rewrite(page: Path, blocks: Mapping[str, str]) -> None:
     """Puts each block that a page has marks for between them: `<!-- name -->` and `<!-- /name -->`.
 
     Raises:
-        ValueError: the page has marks for none of them, or one mark of a pair.
+        ValueError: the page has marks for none of them, one mark of a pair, or one twice.
     """
     text = page.read_text(encoding="utf-8")
     found = False
     for name, block in blocks.items():
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        if begin not in text and end not in text:
+        counts = text.count(begin), text.count(end)
+        if counts == (0, 0):
             continue
+        if counts != (1, 1) or text.index(end) < text.index(begin):
+            raise ValueError(f"{page} needs {begin} and {end} once each, in this order")
         before, _, rest = text.partition(begin)
-        _, closed, after = rest.partition(end)
-        if not closed:
-            raise ValueError(f"{page} lacks {begin} or {end}, needs both, in this order")
+        after = rest.partition(end)[2]
         text, found = f"{before}{begin}\n{block}\n{end}{after}", True
     if not found:
-        raise ValueError(f"{page} has no marks, needs <!-- {next(iter(blocks))} --> and its end at least")
+        wanted = ", ".join(f"<!-- {name} -->" for name in blocks)
+        raise ValueError(f"{page} has no marks, needs one of {wanted} and its end")
     write_text(page, text)
 
 
