@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from quality_fixtures import USERS, cell_of
 
+from gflowgr import cli
 from gflowgr.page import NONE, number, signed, signed_percent
 from gflowgr.quality.results import Cell, save_users
 from gflowgr.quality.standings import NOT_RUN, places, standings, summary
@@ -157,6 +158,16 @@ def test_a_page_gets_what_it_has_marks_for(tmp_path: Path) -> None:
     assert page.read_text() == (
         "<!-- summary -->\nshort\n<!-- /summary -->\n<!-- table -->\nlong\n<!-- /table -->"
     )
+
+
+def test_the_command_fills_each_page_that_it_is_given(folder: Path, tmp_path: Path) -> None:
+    pages = [tmp_path / "short.md", tmp_path / "long.md"]
+    pages[0].write_text("<!-- summary -->\n<!-- /summary -->\n")
+    pages[1].write_text("<!-- table -->\n<!-- /table -->\n<!-- standings -->\n<!-- /standings -->\n")
+    assert cli.main(["table", "--results", str(folder), "--page", *map(str, pages)]) == 0
+    now = blocks(read_tables(folder), folder)
+    assert now["summary"] in pages[0].read_text() and "### toys" not in pages[0].read_text()
+    assert now["table"] in pages[1].read_text() and now["standings"] in pages[1].read_text()
 
 
 @pytest.mark.parametrize(
