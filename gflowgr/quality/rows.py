@@ -146,6 +146,17 @@ _FIRST_REWARD = {
     "weights": {"collaborative": 0.4, "interaction": 0.6},
 }
 _FIRST = _within({**GFLOWGR, "reward": _FIRST_REWARD, "collaborative": {"model": "sasrec"}})
+# Label smoothing over items, not codes: a tenth of the target is spread over the catalogue.
+_SMOOTHED = merge(
+    SFT,
+    {
+        "reward": {
+            "terms": {"interaction": {}, "uniform": {}},
+            "weights": {"interaction": 0.9, "uniform": 0.1},
+        },
+        "training": {"objective": "flow_matching"},
+    },
+)
 # As many points for the supervised model as for ours.
 _SFT_GRID = {"model.dropout": [0.2, 0.3, 0.4]}
 _GFLOWGR_GRID = {"reward.weights.interaction": [0.25, 0.5, 1.0]}
@@ -163,20 +174,8 @@ ROWS: dict[str, Row] = {
     "sft-longer": Row("decoder", _longer(SFT), like="sft"),
     "sft-longest": Row("decoder", _longer(SFT, times=4), like="sft"),
     "sft-continued": _further("sft"),
-    "sft-smoothed": Row(
-        "decoder",
-        merge(
-            SFT,
-            {
-                "reward": {
-                    "terms": {"interaction": {}, "uniform": {}},
-                    "weights": {"interaction": 0.9, "uniform": 0.1},
-                },
-                "training": {"objective": "flow_matching"},
-            },
-        ),
-        like="sft",
-    ),
+    "sft-smoothed": Row("decoder", _SMOOTHED, like="sft"),
+    "sft-smoothed-longer": Row("decoder", _longer(_SMOOTHED), like="sft"),
     "sft-rollouts-sasrec": Row(
         "decoder", _within(merge(SFT, {"training": _ROLLOUTS})), teacher="sasrec", like="sft"
     ),

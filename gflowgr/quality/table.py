@@ -19,8 +19,9 @@ METRICS = ("recall@5", "recall@10", "ndcg@5", "ndcg@10", "coverage@10", "gini@10
 LOWER_IS_BETTER = ("gini@10",)
 ORDER = (
     "popularity", "item-knn", "sasrec", "mixture",
-    "sft", "sft-longer", "sft-longest", "sft-continued", "sft-smoothed", "sft-rollouts-sasrec",
-    "sft-rollouts", "ensemble", "sft-ensemble", "sft-longer-ensemble", "sft-longest-ensemble",
+    "sft", "sft-longer", "sft-longest", "sft-continued", "sft-smoothed", "sft-smoothed-longer",
+    "sft-rollouts-sasrec", "sft-rollouts",
+    "ensemble", "sft-ensemble", "sft-longer-ensemble", "sft-longest-ensemble",
     "dpo", "s-dpo", "sprec", "grpo",
     "item-kl", "gflowgr-tb", "gflowgr-db", "gflowgr-vargrad", "gflowgr-subtb", "gflowgr-flows",
     "gflowgr-sasrec", "gflowgr-within", "gflowgr-sasrec-teacher", "gflowgr",
