@@ -187,7 +187,7 @@ class Plan:
         options = dict(self.reward)
         terms = {}
         for name, given in options.pop("terms").items():
-            own = {"codes": semantic_ids.codes} if name == "similarity" else {}
+            own = {"codes": semantic_ids.content_codes} if name == "similarity" else {}
             terms[name] = TERMS[name](**own, **(given or {}))
         return RewardModel(terms, num_items=semantic_ids.num_items, **options)
 

@@ -434,7 +434,7 @@ class _Demo:
             recommend(test.history),
             test.target,
             num_items=self.parts.num_items,
-            codes=self.semantic_ids.codes,
+            codes=self.semantic_ids.content_codes,
             target_log_probs=log_probs,
         )
         self.entries[name] = Entry(description, metrics, seconds=seconds, recommend=recommend)

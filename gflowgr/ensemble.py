@@ -18,7 +18,7 @@ from gflowgr.decoding import evaluating
 from gflowgr.generation import Generated, generate
 from gflowgr.metrics import Metrics, ranking_metrics
 from gflowgr.ops._checks import at_least
-from gflowgr.trie import PrefixTrie
+from gflowgr.scoring import log_shares
 
 # Items whose logits are there at a time, each of as many rows as it has tokens.
 _ITEMS_AT_ONCE = 512
@@ -100,11 +100,11 @@ def generate_together(
             of_best = ops.trie_token_log_probs(
                 recommender(here, best).logits, recommender.tokens(best), trie, item_filter=chosen
             )
+            of_best = of_best.sum(-1).to(theirs) + log_shares(trie, ~hidden).gather(1, best)
             # Those of both come once, from the policy's list.
-            ours = torch.cat([written.log_probs[rows].to(theirs), of_best.sum(-1).to(theirs)], 1)
+            ours = torch.cat([written.log_probs[rows].to(theirs), of_best], 1)
             candidates = torch.cat([written.items[rows].to(best), best], 1)
             known = candidates.clamp(min=0)
-            ours = ours - _log_share(trie, ~hidden).gather(1, known)
             mixed = _mix(ours, theirs.gather(1, known), teacher_weight)
             listed = (best[:, :, None] == written.items[rows].to(best)[:, None, :]).any(2)
             none = (candidates < 0) | hidden.gather(1, known)
@@ -151,7 +151,7 @@ def rank_together(
         examples.target,
         ks=sorted({min(5, num_items), num_items}),
         num_items=teacher.num_items,
-        codes=recommender.semantic_ids.codes,
+        codes=recommender.semantic_ids.content_codes,
     )
     return replace(metrics, seconds=time.perf_counter() - began)
 
@@ -161,13 +161,6 @@ def _mix(ours: Tensor, theirs: Tensor, teacher_weight: float) -> Tensor:
     if teacher_weight in (0, 1):
         return theirs if teacher_weight else ours
     return (1 - teacher_weight) * ours + teacher_weight * theirs
-
-
-def _log_share(trie: PrefixTrie, available: Tensor) -> Tensor:
-    """Log of the number of available items (B, N) with the same tokens as each: (B, N), float32."""
-    node = trie.item_node.long().clamp(min=0)
-    count = torch.zeros(len(available), trie.num_nodes, device=available.device)
-    return count.index_add(1, node, available.float())[:, node].clamp(min=1).log()
 
 
 def _check(recommender: GenerativeRecommender, teacher: Recommender, teacher_weight: float) -> None:

@@ -229,7 +229,8 @@ def tokenize(
         raw = quantise(points, levels=levels, codes=codebook_size, seed=seed)
     found = count_collisions(raw)
     resolved = resolve_collisions(raw, collisions) if found.colliding else raw
-    semantic_ids = SemanticIds(resolved, first_token=first_token)
+    longer = resolved.shape[1] > raw.shape[1]
+    semantic_ids = SemanticIds(resolved, first_token=first_token, extra_level=longer)
     trie = semantic_ids.trie()
     semantic_ids.save(folder.path / SEMANTIC_IDS)
     trie.save(folder.path / TRIE)

@@ -32,8 +32,8 @@ def score_all(
 ) -> Tensor:
     """log P_F of every item of the catalogue: (B, N), on the device of the inputs.
 
-    Exact: every prefix that leaves a choice is written once. Where no item is a prefix of another and no two
-    have the same tokens, the probabilities of a row sum to 1.
+    Exact: every prefix that leaves a choice is written once. Items with the same tokens have equal parts of
+    their probability, so that those of a row sum to 1 where no item is a prefix of another.
 
     Args:
         model, inputs, trie, exclude, allow, exclude_history: as in `generate`; an item that a context must
@@ -51,6 +51,8 @@ def score_all(
     item_filter = contexts.item_filter(exclude, allow, exclude_history)
     trie = contexts.trie
     scores = torch.empty(len(contexts), trie.num_items, dtype=contexts.dtype, device=contexts.device)
+    everything = torch.arange(trie.num_items, device=trie.device)
+    shares = log_shares(trie)
     undecided = _undecided(trie)
     with evaluating(model):
         for rows in contexts.batches(batch_size, "score", progress):
@@ -60,29 +62,45 @@ def score_all(
             ended = trie.item_node.long()
             of_items = of_nodes[:, ended.clamp(min=0)].masked_fill(ended < 0, -torch.inf)
             if chosen is not None:
-                everything = torch.arange(trie.num_items, device=trie.device).expand(len(rows), -1)
-                of_items = of_items.masked_fill(chosen.hides(everything), -torch.inf)
-            scores[rows.to(scores.device)] = of_items.to(scores)
+                hidden = chosen.hides(everything.expand(len(rows), -1))
+                of_items = of_items.masked_fill(hidden, -torch.inf)
+                shares = log_shares(trie, ~hidden)
+            scores[rows.to(scores.device)] = (of_items + shares).to(scores)
     return scores
 
 
 def target_log_probs(
     model: GenerativeRecommender, history: Tensor, target: Tensor, *, batch_size: int = 64
 ) -> Tensor:
-    """log P_F of one item of each context: (B, H), (B,) -> (B,)."""
+    """log P_F of one item of each context, as `score_all` defines it: (B, H), (B,) -> (B,)."""
     history, target = model.checked("history", history), model.checked("target", target.unsqueeze(-1))
     if target.shape[0] != history.shape[0]:
         raise ValueError(f"target has {target.shape[0]} rows, needs {history.shape[0]} like history")
     contexts = Contexts(model, history, None)
     scores = torch.empty(len(contexts), dtype=contexts.dtype, device=history.device)
+    shares = log_shares(model.trie)[0]
     with evaluating(model):
         for rows in contexts.batches(batch_size, "score", False):
             rows = rows.to(history.device)
             items = target[rows].to(model.device)
             policy = model(history[rows].to(model.device), items)
             log_probs = ops.trie_token_log_probs(policy.logits, model.tokens(items), model.trie)
-            scores[rows] = log_probs.sum((1, 2)).to(scores)
+            scores[rows] = (log_probs.sum((1, 2)) + shares[items[:, 0]]).to(scores)
     return scores
+
+
+def log_shares(trie: PrefixTrie, available: Tensor | None = None) -> Tensor:
+    """Log of the part that each item has of its tokens' probability: float64 (B, N), (1, N) for all items.
+
+    It is one over the number of available items (B, N) with the same tokens.
+    """
+    node = trie.item_node.long().clamp(min=0)
+    if available is None:
+        available = torch.ones(1, trie.num_items, dtype=torch.bool, device=trie.device)
+    # A removed item has no node, and must not count at another's.
+    available = available & (trie.item_node >= 0)
+    count = torch.zeros(len(available), trie.num_nodes, device=available.device)
+    return -count.index_add(1, node, available.float())[:, node].clamp(min=1).double().log()
 
 
 def _undecided(trie: PrefixTrie) -> Tensor:

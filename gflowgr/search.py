@@ -28,8 +28,8 @@ class Generated(NamedTuple):
 
     Attributes:
         items: int64 (B, k), -1 where there are fewer than k.
-        log_probs: (B, k), log P_F of the item's tokens, natural logarithm; -inf where there is no item. Items
-            with the same tokens share them; draws without replacement give each its part.
+        log_probs: (B, k), log P_F of the item, natural logarithm; -inf where there is no item. Available
+            items with the same tokens have equal parts of the tokens' probability.
         log_inclusion: (B, k), see `draw_without_replacement`; None elsewhere.
         log_proposal: (B, k), what `log_probs` is under the behaviour policy that drew; None where that is the
             forward policy itself.
@@ -85,9 +85,10 @@ def beam_search(
     """The most probable items of each context, best first.
 
     Every beam is a prefix of an item and ends at one, so min(num_items, available items) results are certain.
-    Beams are ranked by log P_F. Once all items under a prefix have the same tokens the writer is not asked
-    again, and its beam is free for others. An item that is a prefix of other items competes with its own
-    log-probability. With as many beams as items the search is exhaustive.
+    Beams are ranked by log P_F, and in the end the items that they lead to by their own. Once all items under
+    a prefix have the same tokens the writer is not asked again, and its beam is free for others. An item that
+    is a prefix of other items competes with its own log-probability. With as many beams as items the search
+    is exhaustive.
 
     Args:
         writer: at the root.
@@ -191,9 +192,9 @@ def draw(
     at_end = _Ends(paths.ranks, ends.clamp(min=0))
     pick = (uniform(seeds, _PICK_OF_ITEM, number) * at_end.under).long()
     items = torch.where(ends < 0, -1, paths.ranks.items(at_end.begin + pick))
-    return Generated(
-        items, log_probs, None, None if behaviour.is_policy else log_proposal.to(log_probs.dtype)
-    )
+    share = at_end.under.clamp(min=1).double().log()
+    log_probs, log_proposal = ((part - share).to(log_probs.dtype) for part in (log_probs, log_proposal))
+    return Generated(items, log_probs, None, None if behaviour.is_policy else log_proposal)
 
 
 def draw_without_replacement(
@@ -449,7 +450,8 @@ def _log_chance(gap: Tensor) -> Tensor:
 
 
 def _best_items(ranks: ItemRanks, begin: Tensor, count: Tensor, scores: Tensor, num_items: int) -> Generated:
-    """The first items of the best ends of beams, each with `count` items from rank `begin` on."""
+    """The best items of ends of beams, each with equal parts for its `count` items from rank `begin` on."""
+    scores = scores - count.clamp(min=1).to(scores.dtype).log()
     scores, order = scores.sort(dim=1, descending=True, stable=True)
     begin, count = begin.gather(1, order), count.gather(1, order)
     ends = count.cumsum(1)

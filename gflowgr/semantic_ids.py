@@ -214,21 +214,28 @@ class SemanticIds:
         codes: (N, L) integers, row i the codes of item i, -1 pads the tail of rows shorter than L.
         codebook_sizes: codes of each level, one number for all or one a level; by default as many as occur.
         first_token: the first token that is a code; those before are special (PAD, EOS, BOS).
+        extra_level: whether an item's last code only tells it apart, as the one of `resolve_collisions` does.
 
     Attributes:
         codes: int64 (N, L).
         tokens: int64 (N, L), -1 where codes are -1.
         codebook_sizes: L sizes.
         first_token: as given.
+        extra_level: as given.
 
     Raises:
         TypeError: codes are not integers.
-        ValueError: no item, no level, an item without codes, a -1 that is not at a row's tail, or a code
-            outside its codebook.
+        ValueError: no item, no level, an item without codes, a -1 that is not at a row's tail, a code outside
+            its codebook, or an item of one code with `extra_level`.
     """
 
     def __init__(
-        self, codes: Any, codebook_sizes: int | Sequence[int] | None = None, first_token: int = 3
+        self,
+        codes: Any,
+        codebook_sizes: int | Sequence[int] | None = None,
+        first_token: int = 3,
+        *,
+        extra_level: bool = False,
     ) -> None:
         self.codes = _as_codes(codes)
         self.codebook_sizes = _as_codebook_sizes(codebook_sizes, self.codes)
@@ -236,7 +243,21 @@ class SemanticIds:
         self.first_token = int(first_token)
         offsets = torch.tensor([0, *self.codebook_sizes[:-1]]).cumsum(0) + self.first_token
         self.tokens = torch.where(self.codes >= 0, self.codes + offsets, -1)
+        self.extra_level = bool(extra_level)
+        if self.extra_level and (self.length == 1 or bool((self.codes[:, 1] < 0).any())):
+            raise ValueError("extra_level needs two codes an item or more, got an item with one")
         self._trie: PrefixTrie | None = None
+
+    @property
+    def content_codes(self) -> Tensor:
+        """int64 (N, L), or (N, L - 1) with an extra level: the codes that say something of an item.
+
+        They are what similar items have in common; the extra level's codes are equal by chance.
+        """
+        if not self.extra_level:
+            return self.codes
+        last = (self.codes >= 0).sum(1, keepdim=True) - 1
+        return self.codes.scatter(1, last, -1)[:, :-1]
 
     @property
     def num_items(self) -> int:
@@ -299,12 +320,13 @@ class SemanticIds:
             raise type(error)(f"{path}: {error}") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes codes, codebook sizes and first token to a safetensors file."""
+        """Writes codes and what else it was made of to a safetensors file."""
         path = Path(path)
         metadata = {
             "format": _FORMAT,
             "codebook_sizes": json.dumps(self.codebook_sizes),
             "first_token": str(self.first_token),
+            "extra_level": json.dumps(self.extra_level),
         }
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
@@ -330,7 +352,8 @@ class SemanticIds:
                 if metadata.get("format") != _FORMAT:
                     raise ValueError(f"needs format {_FORMAT!r}, got {metadata.get('format')!r}")
                 sizes, first_token = json.loads(metadata["codebook_sizes"]), int(metadata["first_token"])
-                return cls(file.get_tensor("codes"), sizes, first_token)
+                extra_level = json.loads(metadata.get("extra_level", "false"))
+                return cls(file.get_tensor("codes"), sizes, first_token, extra_level=extra_level)
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: not a file of semantic IDs: {error}") from error
 

@@ -590,7 +590,7 @@ class GFlowGRTrainer(Trainer):
             dataset.target,
             ks=sorted({min(5, args.eval_num_items), args.eval_num_items}),
             num_items=recommender.semantic_ids.num_items,
-            codes=recommender.semantic_ids.codes,
+            codes=recommender.semantic_ids.content_codes,
             target_log_probs=generation.target_log_probs(
                 recommender, dataset.history, dataset.target, batch_size=args.per_device_eval_batch_size
             ),

@@ -97,12 +97,12 @@ class Oracle:
         return {self.case.oracle.children(node)[token]: value for token, value in policy.items()}
 
     def log_prob(self, item: int) -> float:
-        """Of the item's tokens."""
+        """Of the item: an equal part of what its tokens have."""
         path, node, total = self.case.oracle.paths[self.case.kept.index(item)], 0, 0.0
         for token in path:
             child = self.case.oracle.children(node)[token]
             total, node = total + self.steps(node)[child], child
-        return total
+        return total - math.log(len(self.ending_at(node)))
 
     def draws(self, behaviour: Behaviour) -> dict[int, float]:
         """item -> the probability that one draw gives it."""
@@ -129,6 +129,7 @@ class Oracle:
             beams = []
             for score, node in kept:
                 decided = len({self.end(item) for item in self.items(node)}) == 1
-                found += [(score, item) for item in (self.items(node) if decided else self.ending_at(node))]
+                ending = self.items(node) if decided else self.ending_at(node)
+                found += [(score - math.log(len(ending)), item) for item in ending]
                 beams += [] if decided else [(score, node)]
         return sorted(found, key=lambda entry: -entry[0])[:num_items]

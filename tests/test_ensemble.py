@@ -77,9 +77,6 @@ def defined(
     recommender: GenerativeRecommender, teacher: Recommender, history: Tensor, weight: float, hide: bool
 ) -> Tensor:
     ours = score_all(recommender, history, exclude_history=hide).exp()
-    codes = recommender.semantic_ids.codes
-    alike = (codes[:, None] == codes[None]).all(-1).double()
-    ours = ours / ((ours > 0).double() @ alike).clamp(min=1)
     theirs = teacher.scores(history).double()
     if hide:
         for row, items in enumerate(history.tolist()):

@@ -69,7 +69,10 @@ def histories(num_items: int, contexts: int = 3, width: int = 5, seed: int = 0) 
 
 
 class Oracle:
-    """log P_F of every prefix of every item that a row may get, by softmax over the tokens that follow it."""
+    """log P_F of every prefix of every item that a row may get, by softmax over the tokens that follow it.
+
+    Items with the same tokens have equal parts of it.
+    """
 
     def __init__(
         self,
@@ -101,7 +104,8 @@ class Oracle:
                     children = sorted(follow[tokens[:depth]])
                     step = row[item, depth, children].log_softmax(-1)[children.index(token)]
                     known[tokens[: depth + 1]] = known[tokens[:depth]] + float(step)
-                self.items[len(self.prefixes), item] = known[tokens]
+                alike = sum(self.ids[other] == tokens for other in available)
+                self.items[len(self.prefixes), item] = known[tokens] - math.log(alike)
             self.children.append(follow)
             self.prefixes.append(known)
 
@@ -117,11 +121,10 @@ class Oracle:
             alive = []
             for prefix in candidates:
                 under = self.items_under(row, prefix)
-                if len({self.ids[item] for item in under}) == 1:
-                    found += [known[prefix] for item in under]
-                else:
-                    found += [known[prefix] for item in under if self.ids[item] == prefix]
-                    alive.append(prefix)
+                decided = len({self.ids[item] for item in under}) == 1
+                ending = under if decided else [item for item in under if self.ids[item] == prefix]
+                found += [known[prefix] - math.log(len(ending)) for _ in ending]
+                alive += [] if decided else [prefix]
         return sorted(found, reverse=True)[:num_items]
 
 
@@ -273,9 +276,8 @@ def test_samples_follow_the_policy(backbone: str, temperature: float) -> None:
     exact = Oracle(model, history).items.double()
     torch.testing.assert_close(log_probs, exact.gather(1, items), rtol=0, atol=1e-5)
     tempered = Oracle(model, history, temperature)
-    sharing = torch.tensor([tempered.ids.count(tokens) for tokens in tempered.ids])
     for row in range(2):
-        expected = 3000 * tempered.items[row].double().exp() / sharing
+        expected = 3000 * tempered.items[row].double().exp()
         torch.testing.assert_close(expected.sum(), torch.tensor(3000.0).double(), rtol=1e-5, atol=0)
         counts = torch.bincount(items[row], minlength=14).double()
         often = expected >= 5

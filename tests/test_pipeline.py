@@ -215,8 +215,12 @@ def test_embeddings_are_quantised_and_collisions_told_apart(prepared: Path, tmp_
     options: dict[str, Any] = {"embeddings": points, "rows": "order", "levels": 1, "codebook_size": 2}
     made = pipeline.tokenize(data, **options, overwrite=True)
     assert (made.colliding_items, made.largest_collision, made.codebook_sizes) == (24, 12, (2, 12))
+    told_apart = DataFolder.load(data).semantic_ids
+    assert told_apart is not None and told_apart.content_codes.shape == (24, 1)
     kept = pipeline.tokenize(data, **options, collisions="multiplicity", overwrite=True)
     assert (kept.codebook_sizes, kept.nodes) == ((2,), 3)
+    shared = DataFolder.load(data).semantic_ids
+    assert shared is not None and not shared.extra_level
 
 
 def test_tokenize_needs_one_source_of_codes(prepared: Path, tmp_path: Path) -> None:

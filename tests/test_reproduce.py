@@ -412,6 +412,7 @@ class TestTokenizers:
         data = replace(TINY, name="other", folder="tiny", collisions="extra-level")
         resolved = data.load(place.data, place.work).semantic_ids
         assert resolved is not None and resolved.codes[:2].tolist() == [[0, 0, 0], [0, 0, 1]]
+        assert resolved.content_codes.tolist() == shared.codes.tolist()
         assert data.tokenizer == "codes, extra-level" and TINY.tokenizer == "codes"
 
     def test_a_rehearsal_asks_for_the_validation_items(self, place: Place) -> None:

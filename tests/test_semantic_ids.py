@@ -217,6 +217,17 @@ class TestCollisions:
             assert after == expected + [-1] * (len(before) + 1 - len(expected))
 
     @given(code_rows)
+    def test_what_an_item_is_like_stands_in_the_codes_before(self, rows: list[list[int]]) -> None:
+        resolved = SemanticIds(resolve_collisions(rows), extra_level=True)
+        assert resolved.content_codes.tolist() == rows
+        assert SemanticIds(rows).content_codes.tolist() == rows
+
+    def test_an_extra_level_has_another_before_it(self) -> None:
+        for codes in ([[0], [1]], [[0, 1], [1, -1]]):
+            with pytest.raises(ValueError, match="extra_level needs two codes an item"):
+                SemanticIds(codes, extra_level=True)
+
+    @given(code_rows)
     def test_counts(self, rows: list[list[int]]) -> None:
         groups = Counter(map(tuple, rows))
         counted = count_collisions(torch.tensor(rows, dtype=torch.int16))
@@ -332,9 +343,11 @@ class TestNumpyFiles:
 
 class TestFiles:
     def test_come_back_as_they_were(self, tmp_path: Path) -> None:
-        ids = SemanticIds([[1, 2, -1], [0, 4, 7]], codebook_sizes=[5, 6, 8], first_token=11)
+        options = {"codebook_sizes": [5, 6, 8], "first_token": 11, "extra_level": True}
+        ids = SemanticIds([[1, 2, -1], [0, 4, 7]], **options)
         ids.save(tmp_path / "ids")
         back = SemanticIds.load(tmp_path / "ids")
+        assert back.extra_level and torch.equal(back.content_codes, ids.content_codes)
         assert torch.equal(back.codes, ids.codes)
         assert torch.equal(back.tokens, ids.tokens)
         assert (back.codebook_sizes, back.first_token) == (ids.codebook_sizes, ids.first_token)

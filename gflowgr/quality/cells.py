@@ -234,7 +234,7 @@ def _rank_scores(
         torch.cat(best),
         part.target,
         num_items=model.num_items,
-        codes=folder.semantic_ids.codes,
+        codes=folder.semantic_ids.content_codes,
         target_log_probs=torch.cat(of_target) if model.is_distribution else None,
     )
 

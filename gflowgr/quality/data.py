@@ -74,7 +74,8 @@ class DataSet:
             codes = SemanticIds.from_npy(folder / "semantic_ids" / f"{self.codes}.npy").codes.numpy()
         if not np.array_equal(log.item_ids, np.arange(len(codes))):
             raise ValueError(f"{folder}: needs items 0 .. {len(codes) - 1}, a row of {self.codes}.npy each")
-        semantic_ids = SemanticIds(resolve_collisions(codes, self.collisions))
+        longer = self.collisions == "extra-level"
+        semantic_ids = SemanticIds(resolve_collisions(codes, self.collisions), extra_level=longer)
         for _ in range(self.left_out):
             log = log.without_last()
         names = [str(item) for item in log.item_ids]
