@@ -18,6 +18,7 @@ from gflowgr.collaborative import CollaborativeModel
 from gflowgr.config import GFlowGRConfig, check_keys
 from gflowgr.data import Examples, Histories, InteractionLog, Split, split
 from gflowgr.ensemble import check_distribution, check_teacher_weight
+from gflowgr.metrics import LOWER_IS_BETTER, OF_LISTS
 from gflowgr.objectives import REWARDED
 from gflowgr.rewards import (
     CollaborativeReward,
@@ -53,7 +54,6 @@ _TRAINING_DEFAULTS = {
     "save_strategy": "epoch",
     "save_total_limit": 1,
     "load_best_model_at_end": True,
-    "greater_is_better": True,
     "logging_steps": 20,
     "warmup_steps": 0.05,
     "report_to": "none",
@@ -250,16 +250,28 @@ def _training_settings(given: dict[str, Any]) -> dict[str, Any]:
         defaults["save_steps"] = given["eval_steps"]
     if "max_steps" in given:
         defaults.pop("num_train_epochs")
-    defaults["metric_for_best_model"] = (
-        f"eval_ndcg@{given.get('eval_num_items', GFlowGRConfig.eval_num_items)}"
-    )
+    longest = given.get("eval_num_items", GFlowGRConfig.eval_num_items)
+    metric = given.get("metric_for_best_model") or f"eval_ndcg@{longest}"
+    defaults["metric_for_best_model"] = metric
+    _check_metric(metric, longest)
+    defaults["greater_is_better"] = not str(metric).removeprefix("eval_").startswith(LOWER_IS_BETTER)
     return {**defaults, **given}
+
+
+def _check_metric(metric: object, longest: object) -> None:
+    """Raises ValueError for what `GFlowGRTrainer.evaluate` does not measure."""
+    if not isinstance(longest, int):
+        return
+    lists = [f"{name}@{k}" for k in sorted({min(5, longest), longest}) for name in OF_LISTS]
+    known = ", ".join(f"eval_{name}" for name in [*lists, "nll"])
+    if f"eval_{str(metric).removeprefix('eval_')}" not in known.split(", "):
+        raise ValueError(f"training.metric_for_best_model is {metric!r}, needs one of {known}")
 
 
 def _checked_model(model: dict[str, Any]) -> dict[str, Any]:
     model.setdefault("kind", "decoder")
     kind = model["kind"]
-    if kind not in MODELS:
+    if not isinstance(kind, str) or kind not in MODELS:
         raise ValueError(f"model.kind is {kind!r}, needs one of {', '.join(MODELS)}")
     options = {name: value for name, value in model.items() if name not in ("kind", "lora")}
     check_options(MODELS[kind], options, f"model of kind {kind!r}", ("semantic_ids", "history_length"))
@@ -284,7 +296,7 @@ def _check_collaborative(settings: dict[str, Any]) -> None:
             raise FileNotFoundError(f"collaborative.path: {settings['path']} is not a file")
         return
     name = settings.get("model", "sasrec")
-    if name not in collaborative.MODELS:
+    if not isinstance(name, str) or name not in collaborative.MODELS:
         raise ValueError(f"collaborative.model is {name!r}, needs one of {', '.join(collaborative.MODELS)}")
     options = {key: value for key, value in settings.items() if key != "model"}
     fit = collaborative.MODELS[name].fit  # type: ignore[attr-defined]

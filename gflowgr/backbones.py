@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from gflowgr.attention_masks import additive, causal, positions_of
 from gflowgr.decoding import transformer_of
+from gflowgr.ops._checks import at_least
 from gflowgr.semantic_ids import BOS, EOS, PAD, SemanticIds
 from gflowgr.trie import PrefixTrie
 
@@ -452,6 +453,7 @@ def build_t5(
     It reads the tokens of the history and EOS. `layers` counts those of the encoder, and again those of the
     decoder; `attention` is transformers' `attn_implementation`.
     """
+    _check_sizes(layers=layers, d_model=d_model, heads=heads, d_kv=d_kv, d_ff=d_ff)
     config = transformers.T5Config(
         vocab_size=semantic_ids.vocab_size,
         d_model=d_model,
@@ -466,6 +468,11 @@ def build_t5(
     )
     model = _from_config(transformers.AutoModelForSeq2SeqLM, config, seed, attention)
     return GenerativeRecommender(model, semantic_ids, history_length=history_length)
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        at_least(name, size, 1)
 
 
 def build_decoder(
@@ -502,6 +509,7 @@ def build_decoder(
         raise ValueError(
             f"family is {family!r}, needs one of {DECODER_FAMILIES}, or from_pretrained for others"
         )
+    _check_sizes(layers=layers, d_model=d_model, heads=heads, history_length=history_length)
     if d_model % heads:
         raise ValueError(f"d_model is {d_model}, needs a multiple of heads, {heads}")
     config = transformers.AutoConfig.for_model(

@@ -167,6 +167,8 @@ def _add_prepare(commands: Any) -> None:
 def _prepare(arguments: argparse.Namespace) -> None:
     from gflowgr import pipeline
 
+    if arguments.behaviour_value and not arguments.behaviour:
+        raise ValueError("--behaviour-value needs --behaviour, the column of the values")
     prepared = pipeline.prepare(
         arguments.log,
         arguments.output,
@@ -300,14 +302,14 @@ def _add_train(commands: Any) -> None:
 
 def _train(arguments: argparse.Namespace) -> None:
     from gflowgr import pipeline, recipes
-    from gflowgr.settings import merge, override, read_yaml
+    from gflowgr.settings import override, read_yaml
 
     _hush_transformers()
     recipe = arguments.recipe or ("gflowgr" if arguments.config is None else None)
-    settings = {} if recipe is None else recipes.RECIPES[recipe]
-    if arguments.config is not None:
-        settings = merge(settings, read_yaml(arguments.config))
+    settings = {} if arguments.config is None else read_yaml(arguments.config)
     settings = override(settings, arguments.overrides)
+    if recipe is not None:
+        settings = recipes.adapted(recipes.RECIPES[recipe], settings)
     data = settings.get("data") if arguments.data is None else arguments.data
     if data is None:
         raise ValueError("no data folder: give --data, or data in the config")
@@ -328,7 +330,8 @@ def _add_evaluate(commands: Any) -> None:
         "measure a run's recommendations on held-out users",
         "Ranks the whole catalogue for each user and prints each metric with its 95 %% confidence interval. "
         "Lists may hold items of the history, as is usual in papers; with training.exclude_history=true they "
-        "do not, as those of 'gflowgr recommend': better where nobody takes an item twice.",
+        "hold none of those that the model reads, the latest split.max_history: better where nobody takes an "
+        "item twice.",
         "gflowgr evaluate runs/first --part test training.exclude_history=true",
     )
     parser.add_argument("run_folder", metavar="run", help="a folder that 'gflowgr train' made")

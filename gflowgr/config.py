@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any
 
 from transformers import TrainingArguments
@@ -113,7 +116,8 @@ class GFlowGRConfig(TrainingArguments):
     eval_num_items: int = field(default=10, metadata={"help": "Length of the lists that evaluation ranks."})
     eval_num_beams: int = field(default=20, metadata={"help": "Beams of the evaluation's search."})
     exclude_history: bool = field(
-        default=False, metadata={"help": "Leave items of the history out of recommendations."}
+        default=False,
+        metadata={"help": "Leave items of the history out of lists, those that the model reads."},
     )
 
     # What a recommender needs other defaults for than a language model.
@@ -131,6 +135,11 @@ class GFlowGRConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        for each in fields(self):
+            given = getattr(self, each.name, each.default)
+            if given is not each.default:
+                kind = each.type.__name__ if isinstance(each.type, type) else str(each.type)
+                check_kind(f"training.{each.name}", given, kind)
         super().__post_init__()
         choices = {"objective": OBJECTIVES, "flows": FLOWS}
         for name, allowed in choices.items():
@@ -165,6 +174,13 @@ class GFlowGRConfig(TrainingArguments):
         for name in ("rollout_beyond", "rollout_reuse", "reward_candidates"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, needs 0 or more")
+        if self.eval_num_items < 1:
+            raise ValueError(f"eval_num_items is {self.eval_num_items}, needs at least 1")
+        if self.eval_num_beams < self.eval_num_items:
+            raise ValueError(
+                f"eval_num_beams is {self.eval_num_beams}, needs at least eval_num_items, "
+                f"{self.eval_num_items}"
+            )
 
     @property
     def candidates(self) -> int:
@@ -188,3 +204,42 @@ def check_keys(settings: Mapping[str, Any], known: list[str], where: str) -> Non
                 f"; did you mean {nearest[0]!r}?" if nearest else f", needs one of {', '.join(sorted(known))}"
             )
             raise ValueError(f"{where} has the key {key!r}, which does not exist{hint}")
+
+
+_KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "None": (type(None), "null"),
+    "bool": (bool, "true or false"),
+    "int": (Integral, "an integer"),
+    "float": (Real, "a number"),
+    "str": (str, "a text"),
+    "Mapping": (Mapping, "keys with values"),
+    "dict": (Mapping, "keys with values"),
+    "Sequence": ((list, tuple), "a list"),
+    "list": ((list, tuple), "a list"),
+}
+
+
+def check_kind(name: str, value: Any, annotation: str) -> None:
+    """Raises TypeError or ValueError for a value that an annotation such as "int | None" does not allow.
+
+    What stands in brackets is not looked at, but for a Literal's choices. An annotation that names anything
+    else allows everything.
+    """
+    needs = []
+    # Bars inside of brackets part nothing.
+    for part in re.split(r"\s*\|\s*(?![^\[]*\])", annotation):
+        kind, _, inner = part.partition("[")
+        if kind == "Literal":
+            choices = ast.literal_eval(f"({inner.removesuffix(']')},)")
+            if value in choices:
+                return
+            needs.append(f"one of {', '.join(map(str, choices))}")
+            continue
+        if kind not in _KINDS:
+            return
+        kinds, words = _KINDS[kind]
+        if isinstance(value, kinds) and (kind == "bool" or not isinstance(value, bool)):
+            return
+        needs.append(words)
+    error = ValueError if "Literal" in annotation else TypeError
+    raise error(f"{name} is {value!r}, needs {' or '.join(needs)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -130,6 +131,16 @@ class DataFolder:
             )
         return cls(path, log, items, semantic_ids)
 
+    def digest(self) -> str:
+        """A digest of the interactions, the item ids and their codes: what a run is of."""
+        log, digest = self.log, hashlib.sha256()
+        for column in (log.user, log.item, log.timestamp, log.value):
+            digest.update(np.ascontiguousarray(column).data)
+        digest.update("\0".join(map(str, log.item_ids)).encode())
+        if self.semantic_ids is not None:
+            digest.update(self.semantic_ids.tokens.numpy().data)
+        return digest.hexdigest()
+
 
 def read_table(
     source: str | os.PathLike[str] | pandas.DataFrame, columns: Sequence[str] = ()
@@ -169,7 +180,15 @@ def _read_file(path: Path) -> pandas.DataFrame:
         if path.suffix == ".parquet":
             return pandas.read_parquet(path)
         if path.suffix in separators:
-            return pandas.read_csv(path, sep=separators[path.suffix], dtype=str, encoding="utf-8-sig")
+            # "NA" and "null" are names like others; what is missing is empty.
+            return pandas.read_csv(
+                path,
+                sep=separators[path.suffix],
+                dtype=str,
+                encoding="utf-8-sig",
+                keep_default_na=False,
+                na_values=[""],
+            )
     except (
         pyarrow.ArrowException,
         pandas.errors.ParserError,
@@ -180,12 +199,18 @@ def _read_file(path: Path) -> pandas.DataFrame:
     raise ValueError(f"{path}: a table needs to end in .csv, .tsv or .parquet")
 
 
-def require_free(path: str | os.PathLike[str], overwrite: bool) -> None:
-    """Raises ValueError if something is at `path` that may not be replaced."""
+def require_free(path: str | os.PathLike[str], overwrite: bool, mark: str | None = None) -> None:
+    """Raises ValueError if something is at `path` that may not be replaced.
+
+    A folder that is replaced goes with all that is in it, so that only one is which holds a file `mark`.
+    """
     path = Path(path)
     occupied = path.exists() and (not path.is_dir() or any(path.iterdir()))
     if occupied and not overwrite:
         raise ValueError(f"{path} exists already; choose another place or allow to overwrite it")
+    if occupied and path.is_dir() and not (mark and (path / mark).is_file()):
+        what = f"no {mark}" if mark else "other files"
+        raise ValueError(f"{path} is a folder with {what} in it, which is not overwritten; remove it before")
 
 
 @contextmanager

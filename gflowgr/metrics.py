@@ -17,6 +17,11 @@ _USERS_AT_ONCE = 4096
 _KEPT_DRAWS = 50_000_000
 
 
+# Metrics of lists of a length, and those of which less is better.
+OF_LISTS = ("recall", "ndcg", "coverage", "gini", "diversity")
+LOWER_IS_BETTER = ("gini", "nll")
+
+
 @dataclass(frozen=True, eq=False)
 class Metrics:
     """What `ranking_metrics` found.

@@ -56,6 +56,7 @@ CHECKPOINT = "checkpoint"
 SETTINGS = "config.yaml"
 COLLABORATIVE = "collaborative.safetensors"
 LOG = "log.json"
+DATA_DIGEST = "data.sha256"
 
 # Settings of a trainer that neither trains nor saves, so that nothing of what that needs has to be there.
 _ONLY_RANKING = {
@@ -118,7 +119,7 @@ def prepare(
         FileNotFoundError, TypeError, ValueError: as `read_log` and `k_core`; a column of the items is
             missing, an item is there twice, or `output` is in the way.
     """
-    require_free(output, overwrite)
+    require_free(output, overwrite, INTERACTIONS)
     whole = read_log(
         log,
         user=user,
@@ -338,7 +339,8 @@ def train(
     """Trains a recommender on a data folder and writes a run's folder.
 
     The run grows in `<output>.partial` and gets its name once it is whole. After a kill `resume` goes on from
-    the last checkpoint in there; other settings than those it began with are refused.
+    the last checkpoint in there, or anew with the teacher in there; settings and data other than those it
+    began with are refused.
 
     Args:
         data: a folder that `prepare` and `tokenize` made.
@@ -355,8 +357,10 @@ def train(
         FloatingPointError: a loss that is not finite.
     """
     output = Path(output)
-    require_free(output, overwrite)
+    require_free(output, overwrite, SETTINGS)
     settings = {**(settings or {}), "data": str(Path(data).resolve())}
+    if Path(data).resolve().is_relative_to(output.resolve()):
+        raise ValueError(f"output {output} holds the data folder {data}, needs another place")
     _check_settings(settings)
     folder = DataFolder.load(data, tokenized=True)
     partial = output.with_name(f"{output.name}.partial")
@@ -446,7 +450,7 @@ def fit(
     transformers.set_seed(config.seed)
     recommender = plan.build_model(folder.semantic_ids, config.seed)
     reward, sampler = plan.build_reward(folder.semantic_ids), plan.build_sampler(parts, config)
-    checkpoint = _open_partial(partial, settings, resume)
+    checkpoint = _open_partial(partial, settings, folder.digest(), resume)
     try:
         began = time.perf_counter()
         scorer = _fit_collaborative(plan, parts, config, partial / COLLABORATIVE)
@@ -478,8 +482,8 @@ def fit(
     return Fitted(trainer, parts, scorer, plan.teacher_weight, seconds, collaborative_seconds)
 
 
-def _open_partial(partial: Path, settings: Mapping[str, Any], resume: bool) -> Path | None:
-    """The folder of a run in progress, and the checkpoint to go on from."""
+def _open_partial(partial: Path, settings: Mapping[str, Any], digest: str, resume: bool) -> Path | None:
+    """Makes or checks the folder of a run in progress, and finds the checkpoint to go on from."""
     from gflowgr.settings import read_yaml, to_yaml
 
     if not resume:
@@ -487,10 +491,10 @@ def _open_partial(partial: Path, settings: Mapping[str, Any], resume: bool) -> P
             raise ValueError(f"{partial} holds an interrupted run; resume it, or allow to overwrite it")
         partial.mkdir(parents=True)
         write_text(partial / SETTINGS, to_yaml(settings))
+        write_text(partial / DATA_DIGEST, digest)
         return None
-    found = _checkpoints(partial)
-    if not found:
-        raise FileNotFoundError(f"{partial} holds no checkpoint to resume from")
+    if not (partial / SETTINGS).is_file():
+        raise FileNotFoundError(f"{partial} holds no run to resume")
     before = read_yaml(partial / SETTINGS)
     changed = [key for key in {*before, *settings} if before.get(key) != settings.get(key)]
     if changed:
@@ -499,7 +503,10 @@ def _open_partial(partial: Path, settings: Mapping[str, Any], resume: bool) -> P
             f"{partial} was begun with other settings: {key} was {before.get(key)!r}, "
             f"is {settings.get(key)!r}"
         )
-    return found[-1]
+    if (partial / DATA_DIGEST).is_file() and (partial / DATA_DIGEST).read_text(encoding="utf-8") != digest:
+        raise ValueError(f"{partial} was begun with other data: {settings['data']} has changed since")
+    found = _checkpoints(partial)
+    return found[-1] if found else None
 
 
 def _checkpoints(partial: Path) -> list[Path]:
@@ -534,8 +541,8 @@ def _finish(partial: Path, run: TrainedRun, items: Items, parts: Split) -> None:
     }
     write_text(partial / METRICS, json.dumps(metrics, indent=1))
     save_run_users(partial, parts, run.validation, run.test)
-    for checkpoint in _checkpoints(partial):
-        remove(checkpoint)
+    for past in (*_checkpoints(partial), partial / DATA_DIGEST):
+        remove(past)
     put_in_place(partial, run.path)
 
 
@@ -561,8 +568,8 @@ def evaluate(
 
     Raises:
         FileNotFoundError: no run, no data, or no teacher where it is asked.
-        ValueError: the data have another trie than the run, a setting does not exist, or the teacher cannot
-            rank together with the model.
+        ValueError: the data have other items or another trie than the run, a setting does not exist, or the
+            teacher cannot rank together with the model.
     """
     from gflowgr.assembly import Plan, teacher_weight_of
     from gflowgr.backbones import GenerativeRecommender
@@ -576,6 +583,10 @@ def evaluate(
     kept: dict[str, Any] = {name: settings[name] for name in ("split", "training") if name in settings}
     plan = Plan.of(merge(kept, {"training": {**training, **_ONLY_RANKING}}))
     folder = DataFolder.load(settings["data"] if data is None else data, tokenized=True)
+    if not np.array_equal(Items.load(path / ITEMS).ids.astype(str), folder.log.item_ids.astype(str)):
+        raise ValueError(
+            f"{folder.path} has other items than {path}, needs the catalogue that it was trained on"
+        )
     recommender = GenerativeRecommender.load(path / CHECKPOINT, folder.semantic_ids)
     trainer = GFlowGRTrainer(recommender, plan.config(path), None)
     weight = teacher_weight_of(settings) if teacher_weight is None else teacher_weight

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from gflowgr.settings import merge
+from gflowgr.settings import merge, section
 
 _COMMON: dict[str, Any] = {
     "split": {"method": "leave-one-out", "max_history": 20},
@@ -54,3 +55,16 @@ GFLOWGR = merge(
 # Supervised fine-tuning alone: the row that every other has to beat.
 SFT = merge(_COMMON, {"model": {"dropout": 0.3}, "training": {"objective": "sft", "learning_rate": 1e-3}})
 RECIPES = {"gflowgr": GFLOWGR, "sft": SFT}
+
+
+def adapted(recipe: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe under settings that go before it.
+
+    Where they name another kind of model, or a teacher's file, the recipe's options of its own do not apply.
+    """
+    own = dict(recipe)
+    for name, choice in (("model", "kind"), ("collaborative", "path"), ("collaborative", "model")):
+        chosen = section(settings, name).get(choice)
+        if chosen is not None and chosen != section(recipe, name).get(choice):
+            own.pop(name, None)
+    return merge(own, settings)

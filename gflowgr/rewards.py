@@ -97,8 +97,8 @@ class InteractionReward:
 
     def __init__(self, mapping: Mapping[float, float] | None = None, *, future_scale: float = 0.0) -> None:
         _check_number("future_scale", future_scale, least=0.0)
-        if mapping is not None and not mapping:
-            raise ValueError("mapping: got none, need the reward of each logged value")
+        if mapping is not None and not (isinstance(mapping, Mapping) and mapping):
+            raise ValueError(f"mapping: got {mapping or 'none'}, need the reward of each logged value")
         for value, reward in (mapping or {}).items():
             if isinstance(value, bool) or not isinstance(value, Real):
                 raise ValueError(f"mapping: got the logged value {value!r}, need a number")

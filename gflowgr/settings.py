@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gflowgr.config import check_keys
+from gflowgr.config import check_keys, check_kind
 
 # YAML 1.1 wants a dot and a signed exponent in a float, so it reads the 1e-3 that everyone writes as text.
 _FLOAT = re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?$|^[-+]?\.(inf|nan)$")
@@ -86,8 +86,18 @@ def options_of(function: Callable[..., Any]) -> list[str]:
 def check_options(
     function: Callable[..., Any], settings: Mapping[str, Any], where: str, taken: Iterable[str]
 ) -> None:
-    """Raises ValueError for a key that is no argument of `function`, or one that is `taken` by the caller."""
+    """Checks settings that `function` gets as arguments by keyword, but for what the caller has `taken`.
+
+    Raises:
+        TypeError: a value of another kind than the argument's.
+        ValueError: a key that is no such argument, or a value that is none of its choices.
+    """
     check_keys(settings, [name for name in options_of(function) if name not in set(taken)], where)
+    parameters = inspect.signature(function).parameters
+    for name, value in settings.items():
+        annotation = parameters[name].annotation
+        if isinstance(annotation, str) and value is not parameters[name].default:
+            check_kind(f"{where}: {name}", value, annotation)
 
 
 def to_yaml(settings: Mapping[str, Any]) -> str:

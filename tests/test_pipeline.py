@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,13 @@ from gflowgr.adaptive import WeightSchedule
 from gflowgr.assembly import SECTIONS, Plan
 from gflowgr.backbones import GenerativeRecommender
 from gflowgr.collaborative import ItemKNN, Mixture, Popularity, SASRec, SASRecNetwork
-from gflowgr.data import split
+from gflowgr.data import InteractionLog, split
 from gflowgr.ensemble import rank_together
 from gflowgr.folders import DataFolder, Items
 from gflowgr.generation import score_all
 from gflowgr.quality.run_users import load_run_users
 from gflowgr.quality.runs import load_run
-from gflowgr.recipes import OBJECTIVE
+from gflowgr.recipes import GFLOWGR, OBJECTIVE, adapted
 from gflowgr.settings import merge, override, read_yaml, to_yaml
 from gflowgr.shared_prefixes import SharedPrefixes
 from gflowgr.trie import PrefixTrie
@@ -482,8 +483,94 @@ def test_a_run_cut_off_before_its_first_checkpoint_leaves_nothing(prepared: Path
     with pytest.raises(RuntimeError, match="power cut"):
         pipeline.train(prepared, tmp_path / "run", SMALL, callbacks=[StopAt(2)])
     assert names_in(tmp_path) == set()
-    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+    with pytest.raises(FileNotFoundError, match="no run to resume"):
         pipeline.train(prepared, tmp_path / "run", SMALL, resume=True)
+
+
+def test_a_run_killed_before_its_first_checkpoint_keeps_its_teacher(
+    prepared: Path, trained: pipeline.TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill(*_: object, **__: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(StopAt, "on_step_end", kill)
+        pipeline.train(prepared, tmp_path / "run", SMALL, callbacks=[StopAt(1)])
+    assert {"config.yaml", pipeline.COLLABORATIVE} <= {p.name for p in (tmp_path / "run.partial").iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr("gflowgr.assembly.Plan.build_collaborative", kill)
+        resumed = pipeline.train(prepared, tmp_path / "run", SMALL, resume=True)
+    assert resumed.test.summary() == pytest.approx(trained.test.summary(), rel=1e-5, nan_ok=True)
+
+
+def test_a_run_does_not_go_on_with_other_data(prepared: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(prepared, data)
+    with pytest.raises(RuntimeError, match="power cut"):
+        pipeline.train(data, tmp_path / "run", SMALL, callbacks=[StopAt(5)])
+    log = InteractionLog.load(data / "interactions.parquet")
+    replace(log, item=log.item[::-1].copy()).save(data / "interactions.parquet")
+    with pytest.raises(ValueError, match=r"begun with other data: .*data has changed"):
+        pipeline.train(data, tmp_path / "run", SMALL, resume=True)
+
+
+def test_a_run_is_not_measured_on_a_catalogue_of_other_items(
+    prepared: Path, trained: pipeline.TrainedRun, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(prepared, data)
+    log, items = InteractionLog.load(data / "interactions.parquet"), Items.load(data / "items.parquet")
+    replace(log, item_ids=log.item_ids + 1).save(data / "interactions.parquet")
+    replace(items, ids=items.ids + 1).save(data / "items.parquet")
+    with pytest.raises(ValueError, match="has other items than"):
+        pipeline.evaluate(trained.path, data)
+
+
+def test_names_that_look_like_nothing_are_names(files: Path, tmp_path: Path) -> None:
+    table = an_items_table()
+    table.loc[:2, "title"] = ["NA", "null", ""]
+    table.to_csv(tmp_path / "items.csv", index=False)
+    made = pipeline.prepare(files / "log.csv", tmp_path / "data", items=tmp_path / "items.csv", k=3)
+    assert made.items_without_title == 1
+    assert {"NA", "null"} < set(Items.load(tmp_path / "data" / "items.parquet").titles)
+
+
+def test_the_best_of_a_run_is_best_by_its_metric() -> None:
+    for metric, better in (("eval_nll", False), ("gini@5", False), ("eval_recall@7", True)):
+        plan = Plan.of({"training": {"metric_for_best_model": metric, "eval_num_items": 7}})
+        assert plan.config(Path("run")).greater_is_better is better
+    assert Plan.of({}).config(Path("run")).greater_is_better
+
+
+def test_a_recipe_gives_way_to_another_kind_of_model_or_teacher(tmp_path: Path) -> None:
+    pretrained = adapted(GFLOWGR, {"model": {"kind": "pretrained", "name_or_path": "a"}})
+    assert pretrained["model"] == {"kind": "pretrained", "name_or_path": "a"}
+    assert pretrained["reward"] == GFLOWGR["reward"]
+    wider = adapted(GFLOWGR, {"model": {"kind": "decoder", "d_model": 7}, "collaborative": None})
+    assert wider["model"] == {**GFLOWGR["model"], "d_model": 7}
+    for teacher in ({"path": "a"}, {"model": "sasrec"}):
+        assert adapted(GFLOWGR, {"collaborative": teacher})["collaborative"] == teacher
+    assert adapted(GFLOWGR, {}) == GFLOWGR
+
+
+def test_data_and_what_is_not_a_run_are_not_overwritten(prepared: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(prepared, data)
+    there = names_in(data)
+    for output in (data, tmp_path):
+        with pytest.raises(ValueError, match=r"no config\.yaml in it, which is not overwritten"):
+            pipeline.train(data, output, SMALL, overwrite=True)
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(ValueError, match="holds the data folder"):
+        pipeline.train(data, tmp_path, SMALL, overwrite=True)
+    with pytest.raises(ValueError, match=r"no interactions\.parquet in it"):
+        pipeline.prepare(a_log(), tmp_path, k=3, overwrite=True)
+    with pytest.raises(ValueError, match="folder with other files in it"):
+        pipeline.build_trie(tmp_path / "codes.npy", tmp_path, overwrite=True)
+    assert names_in(data) == there
 
 
 def test_an_interrupted_run_may_be_overwritten(prepared: Path, tmp_path: Path) -> None:
