@@ -450,6 +450,20 @@ def test_rows_are_built_on_rows() -> None:
     assert set(MAIN) <= set(ROWS)
 
 
+COMMITTED = Path(__file__).parent.parent / "benchmarks" / "results" / "quality"
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted(COMMITTED.glob("*/tuning/*.json")),
+    ids=lambda path: f"{path.parent.parent.name}-{path.stem}",
+)
+def test_what_the_committed_grids_chose_is_what_rows_have(path: Path) -> None:
+    chosen = json.loads(path.read_text(encoding="utf-8"))["chosen"]
+    data_set, row = path.parent.parent.name, path.stem
+    assert grids.chosen_settings(row, data_set, COMMITTED) == grids.nested(chosen)
+
+
 @pytest.mark.parametrize(
     "name",
     [name for name, row in ROWS.items() if row.kind not in ("scorer", "mixture", "ensemble", "unseen")],

@@ -114,8 +114,6 @@ def settings_of(row_name: str, data_set: DataSet, seed: int, place: Place) -> di
         epochs *= row.settings["training"]["num_train_epochs"] / SFT["training"]["num_train_epochs"]
         settings = merge(row.settings, merge(common, {"training": {"num_train_epochs": epochs}}))
         settings = merge(settings, _FROM_SCRATCH[row.kind])
-    # What ranks together is a row of its own.
-    settings.pop("ranking", None)
     settings.pop("collaborative", None)
     if row.teacher is not None:
         path = place.checkpoint(data_set.name, row.teacher, seed)

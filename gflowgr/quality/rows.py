@@ -47,6 +47,11 @@ class Row:
         return [dict(zip(self.grid, values, strict=True)) for values in combinations]
 
 
+# A row's model ranks alone: what the recipe ranks by beside it is in rows of its own.
+_RECIPE, _OBJECTIVE = (
+    {name: options for name, options in recipe.items() if name != "ranking"}
+    for recipe in (GFLOWGR, OBJECTIVE)
+)
 _EXCLUDING = {"exclude_history": True}
 
 
@@ -134,7 +139,7 @@ _LORA = {
 }
 _ROLLOUTS = {
     name: value
-    for name, value in GFLOWGR["training"].items()
+    for name, value in _RECIPE["training"].items()
     if name.startswith("rollout") or name == "reward_candidates" or name in _BUDGET
 }
 # Here a drawn item is a target, which any of the catalogue would only spoil.
@@ -145,7 +150,7 @@ _FIRST_REWARD = {
     "terms": {"collaborative": {"normalisation": "softmax", "temperature": 0.5}, "interaction": {}},
     "weights": {"collaborative": 0.4, "interaction": 0.6},
 }
-_FIRST = _within({**GFLOWGR, "reward": _FIRST_REWARD, "collaborative": {"model": "sasrec"}})
+_FIRST = _within({**_RECIPE, "reward": _FIRST_REWARD, "collaborative": {"model": "sasrec"}})
 # Label smoothing over items, not codes: a tenth of the target is spread over the catalogue.
 _SMOOTHED = merge(
     SFT,
@@ -210,16 +215,16 @@ ROWS: dict[str, Row] = {
         like="gflowgr-sasrec",
     ),
     "gflowgr-sasrec": Row("decoder", _FIRST, teacher="sasrec", grid=_FIRST_GRID),
-    "gflowgr-within": Row("decoder", _within(GFLOWGR), teacher="mixture", like="gflowgr"),
+    "gflowgr-within": Row("decoder", _within(_RECIPE), teacher="mixture", like="gflowgr"),
     "gflowgr-epsilon0": Row(
-        "decoder", merge(GFLOWGR, {"training": {"rollout_epsilon": 0.0}}), teacher="mixture", like="gflowgr"
+        "decoder", merge(_RECIPE, {"training": {"rollout_epsilon": 0.0}}), teacher="mixture", like="gflowgr"
     ),
     "gflowgr-sasrec-teacher": Row(
-        "decoder", {**GFLOWGR, "collaborative": {"model": "sasrec"}}, teacher="sasrec", like="gflowgr"
+        "decoder", {**_RECIPE, "collaborative": {"model": "sasrec"}}, teacher="sasrec", like="gflowgr"
     ),
-    "gflowgr": Row("decoder", GFLOWGR, teacher="mixture", grid=_GFLOWGR_GRID),
-    "gflowgr-longer": Row("decoder", _longer(GFLOWGR), teacher="mixture", like="gflowgr"),
-    "gflowgr-longest": Row("decoder", _longer(GFLOWGR, times=4), teacher="mixture", like="gflowgr"),
+    "gflowgr": Row("decoder", _RECIPE, teacher="mixture", grid=_GFLOWGR_GRID),
+    "gflowgr-longer": Row("decoder", _longer(_RECIPE), teacher="mixture", like="gflowgr"),
+    "gflowgr-longest": Row("decoder", _longer(_RECIPE, times=4), teacher="mixture", like="gflowgr"),
     "gflowgr-tb-n1": _paper(num_trajectories=1),
     "gflowgr-tb-n5": _paper(num_trajectories=5),
     "gflowgr-tb-lambda0.02": _paper(gfn_weight=0.02),
@@ -240,14 +245,14 @@ ROWS: dict[str, Row] = {
     "t5-sft-continued": _on_t5("sft-continued", _further("sft")),
     "t5-s-dpo": _on_t5("s-dpo", _further("s_dpo", None, _RANDOM, num_trajectories=4)),
     "t5-gflowgr-tb": _on_t5("gflowgr-tb", _paper()),
-    "t5-gflowgr": Row("t5", _within(GFLOWGR), teacher="mixture", grid=_T5_GRID),
+    "t5-gflowgr": Row("t5", _within(_RECIPE), teacher="mixture", grid=_T5_GRID),
     "wide-sft": Row("wide", _longer(SFT), like="sft"),
-    "wide-gflowgr": Row("wide", _longer(GFLOWGR), teacher="mixture", like="gflowgr"),
+    "wide-gflowgr": Row("wide", _longer(_RECIPE), teacher="mixture", like="gflowgr"),
     "large-sft": Row("large", SFT),
     "lora-sft": Row("further", merge(_further("sft").settings, _LORA), start="large-sft"),
     "lora-gflowgr": Row(
         "further",
-        merge(_within({**OBJECTIVE, "reward": _FIRST_REWARD}), _LORA),
+        merge(_within({**_OBJECTIVE, "reward": _FIRST_REWARD}), _LORA),
         start="large-sft",
         teacher="sasrec",
     ),
