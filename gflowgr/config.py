@@ -137,9 +137,10 @@ class GFlowGRConfig(TrainingArguments):
     def __post_init__(self) -> None:
         for each in fields(self):
             given = getattr(self, each.name, each.default)
-            if given is not each.default:
-                kind = each.type.__name__ if isinstance(each.type, type) else str(each.type)
-                check_kind(f"training.{each.name}", given, kind)
+            kind = each.type.__name__ if isinstance(each.type, type) else str(each.type)
+            # A path may stand for a text.
+            if given is not each.default and "str" not in kind:
+                check_kind(each.name, given, kind)
         super().__post_init__()
         choices = {"objective": OBJECTIVES, "flows": FLOWS}
         for name, allowed in choices.items():

@@ -22,6 +22,7 @@ from gflowgr.adaptive import WeightSchedule
 from gflowgr.assembly import SECTIONS, Plan
 from gflowgr.backbones import GenerativeRecommender
 from gflowgr.collaborative import ItemKNN, Mixture, Popularity, SASRec, SASRecNetwork
+from gflowgr.config import GFlowGRConfig, check_kind
 from gflowgr.data import InteractionLog, split
 from gflowgr.ensemble import rank_together
 from gflowgr.folders import DataFolder, Items
@@ -538,11 +539,44 @@ def test_names_that_look_like_nothing_are_names(files: Path, tmp_path: Path) -> 
     assert {"NA", "null"} < set(Items.load(tmp_path / "data" / "items.parquet").titles)
 
 
+@pytest.mark.parametrize(
+    ("annotation", "right", "wrong"),
+    [
+        ("int", [0, np.int64(3)], [1.5, True, "1", None]),
+        ("float", [1, 0.5, np.float32(2)], ["fast", False, [1.0]]),
+        ("bool", [True, False], [0, "maybe", None]),
+        ("int | None", [None, 7], ["7", 7.5]),
+        ("Mapping[str, int | None] | None", [None, {}, {"a": 1}], [0.5, "a", [1]]),
+        ("str | Sequence[str]", ["a", ["a"], ("a", "b")], [1, None]),
+        ('Literal["sum", "mlp"] | None', ["sum", "mlp", None], ["mix", 1]),
+        # Of what stands for more than a setting can hold nothing is known.
+        ("Recommender | int", ["anything", None], []),
+    ],
+)
+def test_values_are_of_the_kind_that_an_argument_takes(
+    annotation: str, right: list[Any], wrong: list[Any]
+) -> None:
+    for value in right:
+        check_kind("there", value, annotation)
+    for value in wrong:
+        with pytest.raises((TypeError, ValueError), match=r"^there is .*, needs "):
+            check_kind("there", value, annotation)
+
+
 def test_the_best_of_a_run_is_best_by_its_metric() -> None:
     for metric, better in (("eval_nll", False), ("gini@5", False), ("eval_recall@7", True)):
         plan = Plan.of({"training": {"metric_for_best_model": metric, "eval_num_items": 7}})
         assert plan.config(Path("run")).greater_is_better is better
     assert Plan.of({}).config(Path("run")).greater_is_better
+
+
+def test_a_config_takes_paths_and_refuses_other_kinds(tmp_path: Path) -> None:
+    assert GFlowGRConfig(tmp_path, use_cpu=True, eval_steps=0.1).output_dir == str(tmp_path)
+    with pytest.raises(TypeError, match=r"^rollout_beyond is 1\.5, needs an integer"):
+        GFlowGRConfig(tmp_path, rollout_beyond=1.5)
+    for name, value in (("eval_num_items", 0), ("eval_num_beams", 9)):
+        with pytest.raises(ValueError, match=f"^{name} is {value}, needs at least"):
+            GFlowGRConfig(tmp_path, **{name: value})
 
 
 def test_a_recipe_gives_way_to_another_kind_of_model_or_teacher(tmp_path: Path) -> None:
