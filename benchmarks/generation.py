@@ -14,6 +14,7 @@ has one item left is done and frees its place. Times are medians of rounds in wh
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ from gflowgr import contexts, decoding, generation, ops
 from gflowgr.backbones import GenerativeRecommender, build_decoder, build_t5
 from gflowgr.bench import read_codes, shaped_codes
 from gflowgr.bench.table import append_rows, machine
+from gflowgr.scoring import log_shares
 from gflowgr.semantic_ids import SemanticIds
 
 COLUMNS = (
@@ -104,10 +106,10 @@ class Case:
 
 def check(case: Case) -> None:
     """Raises unless all scores are exact and no rank of ours is worse than that of transformers."""
-    ours = case.by_us()
-    written = case.model.tokens(ours.items)
+    ours, trie = case.by_us(), case.model.trie
+    shares = log_shares(trie)[0].to(ours.log_probs)
     for name, (tokens, scores) in {
-        OURS: (written, ours.log_probs),
+        OURS: (case.model.tokens(ours.items), ours.log_probs - shares[ours.items]),
         PREFIX: case.by_transformers(processor=False),
         PROCESSOR: case.by_transformers(processor=True),
     }.items():
@@ -117,17 +119,16 @@ def check(case: Case) -> None:
         if name == OURS:
             continue
         same = better = 0
-        for row in range(len(case.history)):
-            # transformers knows sequences, not items, of which several may have the same one.
-            distinct = {
-                tuple(t): float(s) for t, s in zip(written[row].tolist(), ours.log_probs[row], strict=True)
-            }
-            mine = sorted(distinct.values(), reverse=True)
-            for rank, score in enumerate(sorted(scores[row].tolist(), reverse=True)[: len(mine)]):
-                if mine[rank] < score - TOLERANCE:
+        # transformers knows sequences, not items, of which several may have the same one.
+        counts = trie.item_count[trie.walk(tokens)[..., -1]]
+        for row, mine in enumerate(ours.log_probs.tolist()):
+            of_sequences = zip(scores[row].tolist(), counts[row].tolist(), strict=True)
+            theirs = [score - math.log(count) for score, count in of_sequences for _ in range(count)]
+            for rank, (own, score) in enumerate(zip(mine, sorted(theirs, reverse=True), strict=False)):
+                if own < score - TOLERANCE:
                     raise SystemExit(f"{case.name}: {name} finds a better item at rank {rank} of row {row}")
-                same += abs(mine[rank] - score) <= TOLERANCE
-                better += mine[rank] > score + TOLERANCE
+                same += abs(own - score) <= TOLERANCE
+                better += own > score + TOLERANCE
         print(f"  {name}: {same} ranks have our score, {better} a lower one, none a higher one")
 
 
