@@ -70,6 +70,7 @@ _ONLY_RANKING = {
     "eval_strategy": "no",
     "save_strategy": "no",
     "load_best_model_at_end": False,
+    "metric_for_best_model": None,
 }
 
 PathLike: TypeAlias = "str | os.PathLike[str]"

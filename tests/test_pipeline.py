@@ -518,6 +518,13 @@ def test_a_run_does_not_go_on_with_other_data(prepared: Path, tmp_path: Path) ->
         pipeline.train(data, tmp_path / "run", SMALL, resume=True)
 
 
+def test_longer_lists_than_a_run_was_chosen_by_can_be_measured(prepared: Path, tmp_path: Path) -> None:
+    settings = ["training.metric_for_best_model=eval_recall@7", "training.eval_num_items=7"]
+    pipeline.train(prepared, tmp_path / "run", override(SMALL, settings))
+    measured = pipeline.evaluate(tmp_path / "run", eval_num_items=12).summary()
+    assert {"recall@5", "recall@12"} <= set(measured)
+
+
 def test_a_run_is_not_measured_on_a_catalogue_of_other_items(
     prepared: Path, trained: pipeline.TrainedRun, tmp_path: Path
 ) -> None:
