@@ -113,7 +113,7 @@ def run(output: Path, *, short: bool = False, seed: int = 0, overwrite: bool = F
         ValueError: `output` is in the way.
     """
     if not overwrite:
-        require_free(output, overwrite)
+        require_free(output, False)
     output.mkdir(parents=True, exist_ok=True)
     # Of what is there only what the demo itself writes goes, whatever folder was named.
     written = "data", "runs", "sasrec.safetensors", "mixture.safetensors", "report.html", "results.json"

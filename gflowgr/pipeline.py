@@ -504,6 +504,7 @@ def _open_partial(partial: Path, settings: Mapping[str, Any], digest: str, resum
             f"{partial} was begun with other settings: {key} was {before.get(key)!r}, "
             f"is {settings.get(key)!r}"
         )
+    # A run that was begun before digests were kept has none.
     if (partial / DATA_DIGEST).is_file() and (partial / DATA_DIGEST).read_text(encoding="utf-8") != digest:
         raise ValueError(f"{partial} was begun with other data: {settings['data']} has changed since")
     found = _checkpoints(partial)
