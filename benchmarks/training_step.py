@@ -86,7 +86,7 @@ class Run:
         self.trainer.model.train()
         self.optimizer = trainer.create_optimizer()
         self.inputs = {
-            name: value.to(trainer.args.device) for name, value in vars(trainer.train_dataset).items()
+            name: value.to(trainer.args.device) for name, value in trainer.train_dataset.tensors().items()
         }
 
     def step(self) -> float:

@@ -330,8 +330,7 @@ def _add_evaluate(commands: Any) -> None:
         "measure a run's recommendations on held-out users",
         "Ranks the whole catalogue for each user and prints each metric with its 95 %% confidence interval. "
         "Lists may hold items of the history, as is usual in papers; with training.exclude_history=true they "
-        "hold none of those that the model reads, the latest split.max_history: better where nobody takes an "
-        "item twice.",
+        "hold nothing that the user took before, however long ago: better where nobody takes an item twice.",
         "gflowgr evaluate runs/first --part test training.exclude_history=true",
     )
     parser.add_argument("run_folder", metavar="run", help="a folder that 'gflowgr train' made")

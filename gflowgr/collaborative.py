@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gflowgr.data import batches_of_like_length
+from gflowgr.item_sets import request
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
@@ -140,6 +141,24 @@ class Recommender(ABC):
     @classmethod
     @abstractmethod
     def _restore(cls: type[Model], tensors: dict[str, Tensor], config: dict[str, Any]) -> Model: ...
+
+
+def best_items(scores: Tensor, num_items: int, exclude: Any = None) -> Tensor:
+    """The items of the highest scores, best first.
+
+    Args:
+        scores: (B, N).
+        num_items: k, items a row.
+        exclude: what a row must not get: (B, E) items with -1 for padding, or B lists of items.
+
+    Returns:
+        (B, k) int64; -1 where a row has fewer.
+    """
+    if exclude is not None:
+        hidden = torch.from_numpy(request(exclude, None, *scores.shape).excluded).to(scores.device)
+        scores = scores.reshape(-1).index_fill(0, hidden, -torch.inf).view_as(scores)
+    best = scores.topk(num_items)
+    return best.indices.masked_fill(best.values.isneginf(), -1)
 
 
 class Popularity(Recommender):

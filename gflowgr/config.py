@@ -117,7 +117,7 @@ class GFlowGRConfig(TrainingArguments):
     eval_num_beams: int = field(default=20, metadata={"help": "Beams of the evaluation's search."})
     exclude_history: bool = field(
         default=False,
-        metadata={"help": "Leave items of the history out of lists, those that the model reads."},
+        metadata={"help": "Leave out of lists all that a user took before, read by the model or not."},
     )
 
     # What a recommender needs other defaults for than a language model.

@@ -212,15 +212,20 @@ _Rows = TypeVar("_Rows", bound="_TensorRows")
 
 
 class _TensorRows(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """A data set of which every field is a tensor with one row an example."""
+    """A data set of which every field is a tensor with one row an example, or a list, which no batch has."""
 
     index: Tensor
 
-    def _fields(self) -> dict[str, Tensor]:
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+    def _all(self) -> dict[str, Any]:
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return {name: value for name, value in values.items() if value is not None}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that batches have, by name."""
+        return {name: value for name, value in self._all().items() if isinstance(value, Tensor)}
 
     def __post_init__(self) -> None:
-        lengths = {name: len(field) for name, field in self._fields().items()}
+        lengths = {name: len(field) for name, field in self._all().items()}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"{type(self).__name__} needs fields of one length, got {lengths}")
 
@@ -228,17 +233,21 @@ class _TensorRows(torch.utils.data.Dataset[dict[str, Tensor]]):
         return len(self.index)
 
     def __getitem__(self, row: int) -> dict[str, Tensor]:
-        return {name: field[row] for name, field in self._fields().items()}
+        return {name: field[row] for name, field in self.tensors().items()}
 
     def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Tensor]]:
         picked = torch.as_tensor(rows, dtype=torch.int64)
-        columns = {name: field[picked].unbind() for name, field in self._fields().items()}
+        columns = {name: field[picked].unbind() for name, field in self.tensors().items()}
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
     def select(self: _Rows, rows: Sequence[int] | Tensor) -> _Rows:
         """The given rows as a data set of their own; `index` still tells what each was."""
         picked = torch.as_tensor(rows, dtype=torch.int64)
-        return type(self)(**{name: field[picked] for name, field in self._fields().items()})
+        chosen = {
+            name: field[picked] if isinstance(field, Tensor) else [field[row] for row in picked.tolist()]
+            for name, field in self._all().items()
+        }
+        return type(self)(**chosen)
 
 
 @dataclass(frozen=True, eq=False)
@@ -254,6 +263,8 @@ class Examples(_TensorRows):
         future: (n, F) int64, the items that follow the target in the same part of the user's log, in order,
             each once and none of them the target, -1 on the right.
         future_value: (n, F) float32, what those were worth, 0 on the right.
+        earlier: for each example all items before the target, of which `history` has the latest. `split`
+            gives them for validation and test part.
     """
 
     index: Tensor
@@ -263,6 +274,14 @@ class Examples(_TensorRows):
     value: Tensor
     future: Tensor
     future_value: Tensor
+    earlier: Sequence[np.ndarray] | None = None
+
+    def taken(self) -> Sequence[np.ndarray] | Tensor:
+        """What no list may hold where nobody takes an item twice: `earlier`, or the histories without it.
+
+        `generate` and the like take it as what to `exclude`.
+        """
+        return self.history if self.earlier is None else self.earlier
 
 
 @dataclass(frozen=True, eq=False)
@@ -389,7 +408,10 @@ def split(
                 f"split(method={method!r}): no example for the {name} part, which needs a user with an "
                 f"interaction in it and an earlier one, got {len(log)} interactions of {log.num_users} users"
             )
-    train, validation, test = (windows.examples(np.flatnonzero(chosen)) for chosen in targets.values())
+    train, validation, test = (
+        windows.examples(np.flatnonzero(chosen), with_earlier=name != "training")
+        for name, chosen in targets.items()
+    )
     training = part == 0
     offsets = np.r_[0, np.bincount(log.user[training], minlength=log.num_users).cumsum()]
     sequences = Sequences(offsets, log.item[training], log.value[training])
@@ -493,7 +515,7 @@ class _Windows:
         self.part_end = np.repeat(ends, np.diff(ends, prepend=0))
         self.previous = _previous_occurrence(log)
 
-    def examples(self, rows: np.ndarray) -> Examples:
+    def examples(self, rows: np.ndarray, with_earlier: bool) -> Examples:
         log = self.log
         length = np.minimum(rows - self.user_start[rows], self.max_history)
         columns = np.arange(self.max_history)
@@ -507,6 +529,7 @@ class _Windows:
             value=torch.from_numpy(log.value[rows]),
             future=torch.from_numpy(_pick(log.item, after, -1)),
             future_value=torch.from_numpy(_pick(log.value, after, 0)),
+            earlier=[log.item[self.user_start[row] : row] for row in rows] if with_earlier else None,
         )
 
     def _following(self, rows: np.ndarray) -> np.ndarray:

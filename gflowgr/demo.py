@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from gflowgr import collaborative, pipeline, report
-from gflowgr.collaborative import Recommender
-from gflowgr.data import Split, split
+from gflowgr.collaborative import Recommender, best_items
+from gflowgr.data import Examples, Split, split
 from gflowgr.demo_report import (
     ALONE,
     BESIDE,
@@ -424,15 +424,15 @@ class _Demo:
     def _add_scorer(
         self, name: str, model: Recommender, description: str, seconds: float, *, has_probabilities: bool
     ) -> None:
-        def recommend(history: Tensor) -> Tensor:
-            return _best_unseen(model.scores(history), history)
+        def recommend(examples: Examples) -> Tensor:
+            return best_items(model.scores(examples.history), LIST_LENGTH, examples.taken())
 
         test = self.parts.test
         log_probs = None
         if has_probabilities:
             log_probs = model.scores(test.history).log_softmax(1).gather(1, test.target[:, None])[:, 0]
         metrics = ranking_metrics(
-            recommend(test.history),
+            recommend(test),
             test.target,
             num_items=self.parts.num_items,
             codes=self.semantic_ids.content_codes,
@@ -481,13 +481,13 @@ class _Demo:
         )
         self._say_result(name)
 
-    def _lists(self, trained: TrainedRun, teacher_weight: float) -> Callable[[Tensor], Tensor]:
-        def recommend(history: Tensor) -> Tensor:
-            options: dict[str, Any] = {"num_items": LIST_LENGTH, "exclude_history": True}
+    def _lists(self, trained: TrainedRun, teacher_weight: float) -> Callable[[Examples], Tensor]:
+        def recommend(examples: Examples) -> Tensor:
+            options: dict[str, Any] = {"num_items": LIST_LENGTH, "exclude": examples.taken()}
             if teacher_weight:
                 options["teacher_weight"] = teacher_weight
-                return generate_together(trained.recommender, self.teacher, history, **options).items
-            return generate(trained.recommender, history, **options).items
+                return generate_together(trained.recommender, self.teacher, examples.history, **options).items
+            return generate(trained.recommender, examples.history, **options).items
 
         return recommend
 
@@ -590,13 +590,6 @@ def _movies(ratings: pandas.DataFrame) -> pandas.DataFrame:
     years = [f" ({year:.0f})" if year == year else "" for year in movies["year"]]
     genres = movies["genres"].astype(str).str.replace("|", " ", regex=False)
     return movies.assign(title=titles + years, words=titles + " " + genres)[["movieId", "title", "words"]]
-
-
-def _best_unseen(scores: Tensor, history: Tensor) -> Tensor:
-    """The items of highest score that are not in the history, (B, LIST_LENGTH)."""
-    padded = torch.cat([scores, scores.new_zeros(len(scores), 1)], 1)
-    seen = torch.where(history < 0, scores.shape[1], history)
-    return padded.scatter(1, seen, -torch.inf)[:, :-1].topk(LIST_LENGTH).indices
 
 
 def _millions(run: TrainedRun) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 from gflowgr import pipeline
 from gflowgr.backbones import GenerativeRecommender
 from gflowgr.collaborative import Mixture
-from gflowgr.data import Split
+from gflowgr.data import Examples, Split
 from gflowgr.folders import DataFolder
 from gflowgr.generation import sample
 from gflowgr.metrics import Metrics, bootstrap_interval, paired_bootstrap
@@ -62,7 +62,7 @@ class Entry:
     contexts: int | None = None
     seconds: float = 0.0
     builds_on: float = 0.0
-    recommend: Callable[[Tensor], Tensor] | None = None
+    recommend: Callable[[Examples], Tensor] | None = None
     history: list[dict[str, float]] = field(default_factory=list)
     steps_before: int = 0
 
@@ -217,7 +217,7 @@ class Findings:
         examples = []
         for row in chosen:
             one = test.select([int(row)])
-            lists = {name: _first_five(entry, one.history) for name, entry in shown.items()}
+            lists = {name: _first_five(entry, one) for name, entry in shown.items()}
             target = int(one.target)
             watched = [item for item in one.history[0].tolist() if item >= 0][-8:]
             examples.append(
@@ -254,9 +254,10 @@ class Findings:
             "verdict "
             "compares the same users under both models (paired bootstrap), without correction for the number "
             "of comparisons.",
-            "No model may recommend what is in the part of the user's history that it sees: people rate a "
-            "movie once here, and all rows are treated alike. For each training the checkpoint with the best "
-            "NDCG@10 on the validation users, ranking alone, was kept; the test users chose nothing.",
+            "No model may recommend what the user has rated before, also beyond the part of the history that "
+            "it sees: people rate a movie once here, and all rows are treated alike. For each training the "
+            "checkpoint with the best NDCG@10 on the validation users, ranking alone, was kept; the test "
+            "users chose nothing.",
             f"{CONTINUED} and {TB} go on from the same {SFT} on the same contexts with the same steps and "
             f"learning rate, so that they differ in the loss alone. {OURS} has seen as many contexts as "
             f"{SFT} "
@@ -276,9 +277,9 @@ class Findings:
         return groups
 
 
-def _first_five(entry: Entry, history: Tensor) -> list[int]:
+def _first_five(entry: Entry, example: Examples) -> list[int]:
     assert entry.recommend is not None
-    return entry.recommend(history)[0, :5].tolist()
+    return entry.recommend(example)[0, :5].tolist()
 
 
 def _smoothed(points: list[tuple[float, float]], width: int = 5) -> list[tuple[float, float]]:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from gflowgr import ops
 from gflowgr.backbones import GenerativeRecommender
-from gflowgr.collaborative import ExamplesLike, Recommender
+from gflowgr.collaborative import Recommender
 from gflowgr.contexts import Contexts
+from gflowgr.data import Examples
 from gflowgr.decoding import evaluating
 from gflowgr.generation import Generated, generate
 from gflowgr.metrics import Metrics, ranking_metrics
@@ -121,7 +122,7 @@ def generate_together(
 def rank_together(
     recommender: GenerativeRecommender,
     teacher: Recommender,
-    examples: ExamplesLike,
+    examples: Examples,
     *,
     teacher_weight: float = 0.5,
     num_items: int = 10,
@@ -132,7 +133,8 @@ def rank_together(
 ) -> Metrics:
     """What `GFlowGRTrainer.rank` measures, of both together, but for the likelihood.
 
-    Arguments and errors are those of `generate_together`.
+    Arguments and errors are those of `generate_together`; `exclude_history` is of all that a user took
+    before, also where `history` is shorter.
     """
     began = time.perf_counter()
     generated = generate_together(
@@ -142,7 +144,7 @@ def rank_together(
         teacher_weight=teacher_weight,
         num_items=num_items,
         num_beams=num_beams,
-        exclude_history=exclude_history,
+        exclude=examples.taken() if exclude_history else None,
         batch_size=batch_size,
         progress=progress,
     )

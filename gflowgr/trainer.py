@@ -573,7 +573,10 @@ class GFlowGRTrainer(Trainer):
         return sampler
 
     def rank(self, dataset: Examples) -> Metrics:
-        """Ranks the whole catalogue for each example and measures the lists."""
+        """Ranks the whole catalogue for each example and measures the lists.
+
+        With `exclude_history` the lists hold nothing that a user took before, however long ago.
+        """
         recommender, args = self.policy.recommender, self.args
         assert isinstance(args, GFlowGRConfig)
         began = time.perf_counter()
@@ -582,7 +585,7 @@ class GFlowGRTrainer(Trainer):
             dataset.history,
             num_items=args.eval_num_items,
             num_beams=args.eval_num_beams,
-            exclude_history=args.exclude_history,
+            exclude=dataset.taken() if args.exclude_history else None,
             batch_size=args.per_device_eval_batch_size,
         )
         metrics = ranking_metrics(

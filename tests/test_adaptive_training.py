@@ -53,7 +53,9 @@ def test_a_trainers_yields_are_those_of_the_whole_catalogues_scores(tmp_path, ob
         recommender = run.policy.recommender
         rows = run.train_dataset.index.cpu().tolist()
         chosen = [rows.index(number) for number in inputs["index"].tolist()]
-        batch = {name: value[chosen].to(run.args.device) for name, value in vars(run.train_dataset).items()}
+        batch = {
+            name: value[chosen].to(run.args.device) for name, value in run.train_dataset.tensors().items()
+        }
         sampler.draw = draw
         with torch.no_grad():
             contexts, _ = run._contexts(batch)

@@ -36,7 +36,7 @@ def inputs_of(run: GFlowGRTrainer, examples: int = 32) -> dict[str, Tensor]:
     assert run.train_dataset is not None
     return {
         name: value[:examples].to(run.args.device)
-        for name, value in vars(run.train_dataset).items()
+        for name, value in run.train_dataset.tensors().items()
         if isinstance(value, Tensor)
     }
 

@@ -25,6 +25,7 @@ from gflowgr.collaborative import (
     Popularity,
     Recommender,
     SASRec,
+    best_items,
     build,
     load,
 )
@@ -202,6 +203,23 @@ def test_popularity_is_the_smoothed_share_of_interactions() -> None:
     model = Popularity.fit(Log.of([[0, 2, 2], [2]]), 4)
     shares = torch.softmax(model.scores(padded([[1]])), 1)
     torch.testing.assert_close(shares, torch.tensor([[2, 1, 4, 1]]) / 8)
+
+
+@given(st.data())
+def test_the_best_items_are_those_of_the_highest_scores_that_may_be_listed(data: st.DataObject) -> None:
+    rows, items = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 9))
+    k = data.draw(st.integers(1, items))
+    scores = torch.stack([torch.randperm(items).float() for _ in range(rows)])
+    exclude = data.draw(st.lists(st.lists(st.integers(0, items - 1)), min_size=rows, max_size=rows))
+    expected = []
+    for row, hidden in zip(scores.tolist(), exclude, strict=True):
+        left = sorted(set(range(items)) - set(hidden), key=lambda item: -row[item])
+        expected.append((left + [-1] * k)[:k])
+    before = scores.clone()
+    assert best_items(scores, k, exclude).tolist() == expected
+    assert best_items(scores, k, padded(exclude)).tolist() == expected
+    assert best_items(scores, k).tolist() == scores.argsort(1, descending=True)[:, :k].tolist()
+    assert torch.equal(scores, before)
 
 
 def test_item_knn_follows_its_formula() -> None:

@@ -497,9 +497,11 @@ class TestLeaveOneOut:
         log = make_log([*histories, [0, 1, 2, 3]])
         whole, without = split(log), split(log.without_last(), held_out=1)
         for name in ("train", "validation", "histories"):
-            first, second = vars(getattr(whole, name)), vars(getattr(without, name))
-            assert first.keys() == second.keys()
-            assert all(torch.equal(first[field], second[field]) for field in first)
+            first, second = getattr(whole, name), getattr(without, name)
+            assert all(torch.equal(field, second.tensors()[key]) for key, field in first.tensors().items())
+            if name == "validation":
+                for earlier in zip(first.taken(), second.taken(), strict=True):
+                    np.testing.assert_array_equal(*earlier)
         np.testing.assert_array_equal(whole.sequences.items, without.sequences.items)
         np.testing.assert_array_equal(whole.sequences.offsets, without.sequences.offsets)
         assert whole.num_items == without.num_items
@@ -684,9 +686,23 @@ class TestDataset:
         assert chosen.index.tolist() == [4, 2]
         assert torch.equal(chosen.history, examples.history[[4, 2]])
 
+    def test_all_that_came_before(self) -> None:
+        histories = [[0, 1, 2, 3, 1, 4], [5, 2, 0]]
+        parts = split(make_log(histories), max_history=2)
+        assert [items.tolist() for items in parts.test.taken()] == [[0, 1, 2, 3, 1], [5, 2]]
+        assert [items.tolist() for items in parts.validation.taken()] == [[0, 1, 2, 3], [5]]
+        assert parts.test.history.tolist() == [[3, 1], [5, 2]]
+        assert [items.tolist() for items in parts.test.select([1]).taken()] == [[5, 2]]
+        assert "earlier" not in parts.test[0]
+        # Of training nothing is kept but what is read.
+        assert parts.train.taken() is parts.train.history
+
     def test_fields_of_different_length(self) -> None:
         fields = vars(self.examples()) | {"target": torch.zeros(2, dtype=torch.int64)}
         with pytest.raises(ValueError, match=r"Examples needs fields of one length, got .*'target': 2"):
+            Examples(**fields)
+        fields = vars(self.examples()) | {"earlier": [np.arange(3)]}
+        with pytest.raises(ValueError, match="'earlier': 1"):
             Examples(**fields)
 
     def test_nothing_to_collate(self) -> None:

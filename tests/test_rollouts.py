@@ -245,7 +245,7 @@ def test_windows_agree_with_whole_histories(histories: tuple[list[list[int]], in
 def batch_of(run: GFlowGRTrainer, size: int = 16) -> dict[str, Tensor]:
     rows = run.train_dataset
     assert isinstance(rows, (Examples, Histories))
-    return {name: column[:size].to(run.args.device) for name, column in vars(rows).items()}
+    return {name: column[:size].to(run.args.device) for name, column in rows.tensors().items()}
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.3, 1.0])
@@ -548,7 +548,7 @@ def test_a_step_has_the_share_of_rollouts_and_of_random_items(tmp_path: Path, re
     run.collaborative.table = 100 * torch.eye(fixtures.NUM_ITEMS).roll(11, 1)
     run.policy.train()
     run.state.max_steps = 240
-    inputs = {name: column[:40] for name, column in vars(run.train_dataset).items()}
+    inputs = {name: column[:40] for name, column in run.train_dataset.tensors().items()}
     length = (inputs["items"] >= 0).sum(1)
     room = length < inputs["items"].shape[1]
     earlier, chosen = [], []

@@ -68,10 +68,10 @@ def test_a_whole_history_costs_what_its_windows_cost(tmp_path) -> None:
         single = fixtures.trainer(tmp_path, objective=objective, future_scale=future_scale)
         single.policy.load_state_dict(whole.policy.state_dict())
         device = single.args.device
-        histories = {name: value[:4].to(device) for name, value in vars(data.histories).items()}
+        histories = {name: value[:4].to(device) for name, value in data.histories.tensors().items()}
         users = data.histories.user[:4]
         windows = torch.isin(data.train.user, users)
-        examples = {name: value[windows].to(device) for name, value in vars(data.train).items()}
+        examples = {name: value[windows].to(device) for name, value in data.train.tensors().items()}
         # A truncated history would make a difference.
         assert int((histories["items"] >= 0).sum(1).max()) <= 6
         a = whole.compute_loss(whole.model, histories)
@@ -112,7 +112,7 @@ def test_child_flow_matching_reaches_the_reward_distribution(tmp_path) -> None:
     examples = run.train_dataset.select(range(16))
     run.train_dataset = examples
     run.train()
-    inputs = {name: value.to(run.args.device) for name, value in vars(examples).items()}
+    inputs = {name: value.to(run.args.device) for name, value in examples.tensors().items()}
     contexts, _ = run._contexts(inputs)
     target = run.reward_model(contexts.rewards).log_rewards.softmax(-1)
     recommender = run.policy.recommender.eval()
@@ -128,7 +128,7 @@ def test_child_flow_matching_reaches_the_reward_distribution(tmp_path) -> None:
 def test_the_policys_own_items_do_not_depend_on_the_rest_of_the_batch(tmp_path) -> None:
     run = fixtures.trainer(tmp_path, objective="tb", num_trajectories=3)
     chosen = torch.arange(12)
-    batch = {name: value[chosen].to(run.args.device) for name, value in vars(run.train_dataset).items()}
+    batch = {name: value[chosen].to(run.args.device) for name, value in run.train_dataset.tensors().items()}
     whole = run._policy_items(batch)(4)
     assert len({tuple(row) for row in whole.tolist()}) > 6
     for part in (chosen[8:], chosen[:8].flip(0)):

@@ -16,7 +16,7 @@ from gflowgr import collaborative, pipeline
 from gflowgr.adaptive import WeightSchedule
 from gflowgr.backbones import GenerativeRecommender
 from gflowgr.bench.table import machine
-from gflowgr.collaborative import Recommender
+from gflowgr.collaborative import Recommender, best_items
 from gflowgr.config import GFlowGRConfig
 from gflowgr.data import Examples, Split, split
 from gflowgr.ensemble import rank_together
@@ -221,13 +221,10 @@ def _rank_scores(
     assert folder.semantic_ids is not None
     best, of_target = [], []
     for rows in torch.arange(len(part)).split(1024):
-        history = part.history[rows]
-        scores = model.scores(history)
-        of_target.append(scores.log_softmax(1).gather(1, part.target[rows, None])[:, 0])
-        if exclude_history:
-            row, place = (history >= 0).nonzero(as_tuple=True)
-            scores[row, history[row, place]] = -torch.inf
-        best.append(scores.topk(PLACES).indices)
+        here = part.select(rows)
+        scores = model.scores(here.history)
+        of_target.append(scores.log_softmax(1).gather(1, here.target[:, None])[:, 0])
+        best.append(best_items(scores, PLACES, here.taken() if exclude_history else None))
     return ranking_metrics(
         torch.cat(best),
         part.target,
