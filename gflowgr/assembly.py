@@ -17,7 +17,7 @@ from gflowgr.backbones import GenerativeRecommender
 from gflowgr.collaborative import CollaborativeModel
 from gflowgr.config import GFlowGRConfig, check_keys
 from gflowgr.data import Examples, Histories, InteractionLog, Split, split
-from gflowgr.ensemble import check_distribution, check_teacher_weight
+from gflowgr.ensemble import BY_VALIDATION, check_distribution, check_teacher_weight
 from gflowgr.metrics import LOWER_IS_BETTER, OF_LISTS
 from gflowgr.objectives import REWARDED
 from gflowgr.rewards import (
@@ -74,7 +74,8 @@ class Plan:
         sampler: what `TrajectorySampler` takes; None where it draws nothing.
         training: the fields of `GFlowGRConfig`.
         teacher_weight: of the collaborative recommender, which ranks beside the finished model (see
-            `gflowgr.ensemble`); 0 where the model ranks alone. In the settings it is under "ranking".
+            `gflowgr.ensemble`); 0 where the model ranks alone, None where the validation part chooses. In the
+            settings it is under "ranking", "validation" for None.
     """
 
     split: dict[str, Any]
@@ -84,7 +85,7 @@ class Plan:
     reward: dict[str, Any] | None
     sampler: dict[str, Any] | None
     training: dict[str, Any]
-    teacher_weight: float
+    teacher_weight: float | None
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Plan:
@@ -118,11 +119,11 @@ class Plan:
             or (draws and "collaborative" in strategies)
             or config.rollout_share > 0
             or (config.rollout_beyond > 0 and contexts != "windows")
-            or teacher_weight > 0
+            or teacher_weight != 0
         )
         scorer = section(settings, "collaborative")
         _check_collaborative(scorer)
-        if teacher_weight and "path" not in scorer:
+        if teacher_weight != 0 and "path" not in scorer:
             check_distribution("collaborative.model", collaborative.MODELS[scorer.get("model", "sasrec")])
         return cls(
             split=split_settings,
@@ -168,7 +169,7 @@ class Plan:
         options = dict(self.collaborative)
         if "path" in options:
             model = collaborative.load(options["path"])
-            if self.teacher_weight:
+            if self.teacher_weight != 0:
                 check_distribution("collaborative.path", model)
             return model
         name = options.pop("model", "sasrec")
@@ -222,16 +223,19 @@ class Plan:
         return parts.train
 
 
-def teacher_weight_of(settings: Mapping[str, Any]) -> float:
-    """That of the section "ranking", 0 where nothing is said.
+def teacher_weight_of(settings: Mapping[str, Any]) -> float | None:
+    """That of the section "ranking", 0 where nothing is said, None where the validation part chooses.
 
     Raises:
-        TypeError, ValueError: it is no number from 0 to 1, or the section has another key.
+        TypeError, ValueError: it is neither "validation" nor a number from 0 to 1, or the section has another
+            key.
     """
     given = section(settings, "ranking")
     check_keys(given, ["teacher_weight"], "ranking")
     weight = given.get("teacher_weight", 0.0)
-    check_teacher_weight("ranking.teacher_weight", weight)
+    if weight == BY_VALIDATION:
+        return None
+    check_teacher_weight("ranking.teacher_weight", weight, f"{BY_VALIDATION!r} or a number")
     return float(weight)
 
 
@@ -262,7 +266,9 @@ def _check_metric(metric: object, longest: object) -> None:
     """Raises ValueError for what `GFlowGRTrainer.evaluate` does not measure."""
     if not isinstance(longest, int):
         return
-    lists = [f"{name}@{k}" for k in sorted({min(5, longest), longest}) for name in OF_LISTS]
+    # A list of one item has no pairs.
+    depths = sorted({min(5, longest), longest})
+    lists = [f"{name}@{k}" for k in depths for name in OF_LISTS if k > 1 or name != "diversity"]
     known = ", ".join(f"eval_{name}" for name in [*lists, "nll"])
     if f"eval_{str(metric).removeprefix('eval_')}" not in known.split(", "):
         raise ValueError(f"training.metric_for_best_model is {metric!r}, needs one of {known}")

@@ -318,6 +318,8 @@ def _train(arguments: argparse.Namespace) -> None:
     )
     print(f"{run.path}: trained in {run.seconds:.0f} s; test part:")
     _print_metrics(run.test)
+    if run.by_teacher_weight is not None:
+        print(f"the teacher's weight is {run.teacher_weight:g}, the best on the validation part")
     if run.teacher_weight:
         print(f"{_beside(run.teacher_weight)}; gflowgr evaluate {run.path} --teacher-weight 0 leaves it out")
 
@@ -412,7 +414,8 @@ def _add_teacher_weight(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="WEIGHT",
         help="weight of the recommender that the run learned from, in a ranking by the geometric mean of "
-        "both probabilities; 0 is the model alone (what the run's settings say, .5 by the recipe)",
+        "both probabilities; 0 is the model alone (what the run's settings say, by the recipe what was best "
+        "on the validation part)",
     )
 
 

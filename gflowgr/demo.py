@@ -35,7 +35,7 @@ from gflowgr.demo_report import (
     Entry,
     Findings,
 )
-from gflowgr.ensemble import generate_together, rank_together
+from gflowgr.ensemble import best_weight, generate_together, rank_by_weight, rank_together
 from gflowgr.folders import DataFolder, remove, require_free, write_text
 from gflowgr.generation import generate
 from gflowgr.metrics import Metrics, ranking_metrics
@@ -49,8 +49,6 @@ if TYPE_CHECKING:
     import pandas
 
 LIST_LENGTH = 10
-# The teacher's beside a supervised model, as in `gflowgr.quality.rows`.
-SFT_TEACHER_WEIGHT = 0.8
 
 
 @dataclass(frozen=True)
@@ -298,16 +296,15 @@ class _Demo:
             self.budget.extra_steps,
             on=SFT,
         )
-        together = rank_together(
-            trained.recommender,
-            self.teacher,
-            self.parts.test,
-            teacher_weight=SFT_TEACHER_WEIGHT,
-            num_items=LIST_LENGTH,
-            exclude_history=True,
+        both = trained.recommender, self.teacher
+        options: dict[str, Any] = {"num_items": LIST_LENGTH, "exclude_history": True}
+        weight = best_weight(rank_by_weight(*both, self.parts.validation, **options))
+        together = rank_together(*both, self.parts.test, teacher_weight=weight, **options)
+        description = (
+            f"{CONTINUED} and {TEACHER}, the geometric mean of both probabilities, the latter's with a "
+            f"weight of {weight:g}, the best on validation."
         )
-        description = f"{CONTINUED} and {TEACHER}, the geometric mean of both probabilities."
-        self._add_again(BESIDE, CONTINUED, description, together, trained, SFT_TEACHER_WEIGHT)
+        self._add_again(BESIDE, CONTINUED, description, together, trained, weight)
         self.entries[BESIDE].builds_on += self.entries[TEACHER].seconds
 
     def _train_tb(self, sft: TrainedRun) -> None:
@@ -365,11 +362,11 @@ class _Demo:
             f"{weights['collaborative'] / sum(weights.values()):.0%} of the reward is the distribution of "
             f"{TEACHER}, made sharper, and the rest the observed item; the teacher goes on with every "
             f"history, with {OBJECTIVE['training']['rollout_share']:.0%} of them from somewhere within, and "
-            "ranks beside the model.",
+            f"ranks beside the model with a weight of {trained.teacher_weight:g}, the best on validation.",
             contexts,
             steps,
             teacher=TEACHER,
-            teacher_weight=OBJECTIVE["ranking"]["teacher_weight"],
+            teacher_weight=trained.teacher_weight,
         )
         alone = pipeline.evaluate(trained.path, teacher_weight=0.0)
         self._add_again(ALONE, OURS, f"{OURS} without its teacher.", alone, trained, 0.0)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
 
@@ -25,7 +26,39 @@ from gflowgr.scoring import log_shares
 _ITEMS_AT_ONCE = 512
 
 
-@torch.no_grad()
+# What stands for a teacher's weight in settings where the validation part is to choose, and among what.
+BY_VALIDATION = "validation"
+WEIGHTS = tuple(tenth / 10 for tenth in range(11))
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The best items of a generative recommender and of its teacher, and how probable each finds them.
+
+    Attributes:
+        items: (B, C) int64, -1 where there is none.
+        ours: (B, C) natural logarithms of the recommender's probabilities, -inf where there is none.
+        theirs: (B, C), the teacher's.
+    """
+
+    items: Tensor
+    ours: Tensor
+    theirs: Tensor
+
+    def best(self, teacher_weight: float, num_items: int) -> Generated:
+        """Those of the highest weighted geometric means, as `generate_together` gives them."""
+        none = self.items < 0
+        mixed = _mix(self.ours, self.theirs, teacher_weight)
+        # Behind what there is, however improbable.
+        found = mixed.nan_to_num(neginf=torch.finfo(mixed.dtype).min).masked_fill(none, -torch.inf)
+        found, place = found.topk(num_items)
+        none = found.isneginf()
+        return Generated(
+            self.items.gather(1, place).masked_fill(none, -1),
+            mixed.gather(1, place).masked_fill(none, -torch.inf),
+        )
+
+
 def generate_together(
     recommender: GenerativeRecommender,
     teacher: Recommender,
@@ -66,11 +99,37 @@ def generate_together(
     Raises:
         TypeError, ValueError: an argument cannot serve, or the two are of different catalogues.
     """
-    num_items = at_least("num_items", num_items, 1)
-    num_beams = max(20, num_items) if num_beams is None else at_least("num_beams", num_beams, 1)
-    if num_beams < num_items:
-        raise ValueError(f"num_beams is {num_beams}, needs at least num_items, {num_items}")
-    _check(recommender, teacher, teacher_weight)
+    check_teacher_weight("teacher_weight", teacher_weight)
+    found = candidates(
+        recommender,
+        teacher,
+        history,
+        num_beams=_beams(num_items, num_beams),
+        exclude=exclude,
+        exclude_history=exclude_history,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    return found.best(teacher_weight, num_items)
+
+
+@torch.no_grad()
+def candidates(
+    recommender: GenerativeRecommender,
+    teacher: Recommender,
+    history: Tensor,
+    *,
+    num_beams: int = 20,
+    exclude: Any = None,
+    exclude_history: bool = False,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> Candidates:
+    """What `generate_together` chooses from: the `num_beams` best items of each, those of both once.
+
+    Arguments and errors are those of `generate_together`; results are on the device of `history`.
+    """
+    _check(recommender, teacher)
     written = generate(
         recommender,
         history,
@@ -83,8 +142,10 @@ def generate_together(
     )
     contexts = Contexts(recommender, history, None)
     trie, item_filter = contexts.trie, contexts.item_filter(exclude, None, exclude_history)
-    items = torch.full((len(contexts), num_items), -1, device=history.device)
-    log_probs = torch.full(items.shape, -torch.inf, dtype=contexts.dtype, device=history.device)
+    width = written.items.shape[1] + min(num_beams, trie.num_items)
+    items = torch.full((len(contexts), width), -1, device=history.device)
+    ours = torch.full(items.shape, -torch.inf, dtype=contexts.dtype, device=history.device)
+    theirs = ours.clone()
     everything = torch.arange(trie.num_items, device=trie.device)
     batch_size = min(batch_size, max(1, _ITEMS_AT_ONCE // num_beams))
     with evaluating(recommender):
@@ -96,27 +157,22 @@ def generate_together(
             hidden = torch.zeros_like(scores, dtype=torch.bool)
             if chosen is not None:
                 hidden = chosen.hides(everything.expand(len(rows), -1))
-            theirs = scores.masked_fill(hidden, -torch.inf).log_softmax(1)
-            best = theirs.topk(min(num_beams, trie.num_items)).indices
+            of_teacher = scores.masked_fill(hidden, -torch.inf).log_softmax(1)
+            best = of_teacher.topk(min(num_beams, trie.num_items)).indices
             of_best = ops.trie_token_log_probs(
                 recommender(here, best).logits, recommender.tokens(best), trie, item_filter=chosen
             )
-            of_best = of_best.sum(-1).to(theirs) + log_shares(trie, ~hidden).gather(1, best)
+            of_best = of_best.sum(-1).to(of_teacher) + log_shares(trie, ~hidden).gather(1, best)
             # Those of both come once, from the policy's list.
-            ours = torch.cat([written.log_probs[rows].to(theirs), of_best], 1)
-            candidates = torch.cat([written.items[rows].to(best), best], 1)
-            known = candidates.clamp(min=0)
-            mixed = _mix(ours, theirs.gather(1, known), teacher_weight)
-            listed = (best[:, :, None] == written.items[rows].to(best)[:, None, :]).any(2)
-            none = (candidates < 0) | hidden.gather(1, known)
-            none[:, -best.shape[1] :] |= listed
-            # Behind what there is, however improbable.
-            found = mixed.nan_to_num(neginf=torch.finfo(mixed.dtype).min).masked_fill(none, -torch.inf)
-            found, place = found.topk(num_items)
-            none = found.isneginf()
-            items[rows] = candidates.gather(1, place).masked_fill(none, -1).to(items)
-            log_probs[rows] = mixed.gather(1, place).masked_fill(none, -torch.inf).to(log_probs)
-    return Generated(items, log_probs)
+            mine = written.items[rows].to(best)
+            again = (best[:, :, None] == mine[:, None, :]).any(2) | hidden.gather(1, best)
+            found = torch.cat([mine, best.masked_fill(again, -1)], 1)
+            none = found < 0
+            of_policy = torch.cat([written.log_probs[rows].to(of_teacher), of_best], 1)
+            items[rows] = found.to(items)
+            ours[rows] = of_policy.masked_fill(none, -torch.inf).to(ours)
+            theirs[rows] = of_teacher.gather(1, found.clamp(min=0)).masked_fill(none, -torch.inf).to(theirs)
+    return Candidates(items, ours, theirs)
 
 
 def rank_together(
@@ -136,26 +192,79 @@ def rank_together(
     Arguments and errors are those of `generate_together`; `exclude_history` is of all that a user took
     before, also where `history` is shorter.
     """
+    measured = rank_by_weight(
+        recommender,
+        teacher,
+        examples,
+        teacher_weights=[teacher_weight],
+        num_items=num_items,
+        num_beams=num_beams,
+        exclude_history=exclude_history,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    return measured[teacher_weight]
+
+
+def rank_by_weight(
+    recommender: GenerativeRecommender,
+    teacher: Recommender,
+    examples: Examples,
+    *,
+    teacher_weights: Sequence[float] = WEIGHTS,
+    num_items: int = 10,
+    num_beams: int | None = None,
+    exclude_history: bool = False,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> dict[float, Metrics]:
+    """What `rank_together` measures, by the teacher's weight; candidates are searched once for all weights.
+
+    Of a validation part, `best_weight` of it is what weight to rank with.
+    """
     began = time.perf_counter()
-    generated = generate_together(
+    for weight in teacher_weights:
+        check_teacher_weight("teacher_weight", weight)
+    found = candidates(
         recommender,
         teacher,
         examples.history,
-        teacher_weight=teacher_weight,
-        num_items=num_items,
-        num_beams=num_beams,
+        num_beams=_beams(num_items, num_beams),
         exclude=examples.taken() if exclude_history else None,
         batch_size=batch_size,
         progress=progress,
     )
-    metrics = ranking_metrics(
-        generated.items,
-        examples.target,
-        ks=sorted({min(5, num_items), num_items}),
-        num_items=teacher.num_items,
-        codes=recommender.semantic_ids.content_codes,
-    )
-    return replace(metrics, seconds=time.perf_counter() - began)
+    measured = {
+        weight: ranking_metrics(
+            found.best(weight, num_items).items,
+            examples.target,
+            ks=sorted({min(5, num_items), num_items}),
+            num_items=teacher.num_items,
+            codes=recommender.semantic_ids.content_codes,
+        )
+        for weight in teacher_weights
+    }
+    seconds = time.perf_counter() - began
+    return {weight: replace(metrics, seconds=seconds) for weight, metrics in measured.items()}
+
+
+def best_weight(measured: Mapping[float, Metrics]) -> float:
+    """The weight of the highest NDCG over whole lists, the lowest of several."""
+    return max(sorted(measured), key=lambda weight: ndcg_of_lists(measured[weight]))
+
+
+def ndcg_of_lists(metrics: Metrics) -> float:
+    """NDCG over as many places as the lists have."""
+    found = {name: value for name, value in metrics.summary().items() if name.startswith("ndcg@")}
+    return found[max(found, key=lambda name: int(name.partition("@")[2]))]
+
+
+def _beams(num_items: int, num_beams: int | None) -> int:
+    num_items = at_least("num_items", num_items, 1)
+    num_beams = max(20, num_items) if num_beams is None else at_least("num_beams", num_beams, 1)
+    if num_beams < num_items:
+        raise ValueError(f"num_beams is {num_beams}, needs at least num_items, {num_items}")
+    return num_beams
 
 
 def _mix(ours: Tensor, theirs: Tensor, teacher_weight: float) -> Tensor:
@@ -165,14 +274,13 @@ def _mix(ours: Tensor, theirs: Tensor, teacher_weight: float) -> Tensor:
     return (1 - teacher_weight) * ours + teacher_weight * theirs
 
 
-def _check(recommender: GenerativeRecommender, teacher: Recommender, teacher_weight: float) -> None:
+def _check(recommender: GenerativeRecommender, teacher: Recommender) -> None:
     for name, value, kind in (
         ("recommender", recommender, GenerativeRecommender),
         ("teacher", teacher, Recommender),
     ):
         if not isinstance(value, kind):
             raise TypeError(f"{name} is a {type(value).__name__}, needs a {kind.__name__}")
-    check_teacher_weight("teacher_weight", teacher_weight)
     check_distribution("teacher", teacher)
     if teacher.num_items != recommender.semantic_ids.num_items:
         raise ValueError(
@@ -181,10 +289,10 @@ def _check(recommender: GenerativeRecommender, teacher: Recommender, teacher_wei
         )
 
 
-def check_teacher_weight(name: str, value: object) -> None:
+def check_teacher_weight(name: str, value: object, needed: str = "a number") -> None:
     """Raises TypeError or ValueError for what is no number from 0 to 1."""
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} is {value!r}, needs a number")
+        raise TypeError(f"{name} is {value!r}, needs {needed}")
     if not 0 <= float(value) <= 1:
         raise ValueError(f"{name} is {value!r}, needs to be from 0 to 1")
 

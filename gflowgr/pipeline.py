@@ -29,7 +29,7 @@ from gflowgr.folders import (
     write_text,
     written,
 )
-from gflowgr.quality.run_users import METRICS, TEACHER_WEIGHT, save_run_users
+from gflowgr.quality.run_users import BY_TEACHER_WEIGHT, METRICS, TEACHER_WEIGHT, save_run_users
 from gflowgr.semantic_ids import (
     SemanticIds,
     count_collisions,
@@ -313,6 +313,7 @@ class TrainedRun:
             and its teacher.
         test: the same of the test part.
         teacher_weight: that the teacher had in both, 0 where the model ranked alone.
+        by_teacher_weight: NDCG of the validation part by the teacher's weight, where that chose it.
         history: the trainer's log, an entry a logged step.
         seconds: of training alone, evaluations in between included.
         collaborative_seconds: of fitting the collaborative recommender, 0 where none was fitted.
@@ -323,6 +324,7 @@ class TrainedRun:
     validation: Metrics
     test: Metrics
     teacher_weight: float
+    by_teacher_weight: dict[float, float] | None
     history: list[dict[str, float]]
     seconds: float
     collaborative_seconds: float
@@ -368,16 +370,19 @@ def train(
     if overwrite and not resume:
         remove(partial)
     fitted = fit(folder, settings, partial, resume=resume, callbacks=callbacks)
-    validation, test = (
-        _ranked(fitted.trainer, part, fitted.teacher, fitted.teacher_weight)
-        for part in (fitted.parts.validation, fitted.parts.test)
-    )
+    weight, by_weight = fitted.teacher_weight, None
+    if weight is None:
+        weight, by_weight, validation = _weighed(fitted)
+    else:
+        validation = _ranked(fitted.trainer, fitted.parts.validation, fitted.teacher, weight)
+    test = _ranked(fitted.trainer, fitted.parts.test, fitted.teacher, weight)
     run = TrainedRun(
         output,
         fitted.trainer.policy.recommender,
         validation,
         test,
-        fitted.teacher_weight,
+        weight,
+        by_weight,
         fitted.trainer.state.log_history,
         fitted.seconds,
         fitted.collaborative_seconds,
@@ -413,7 +418,7 @@ class Fitted:
         trainer: done, with the best weights on validation by default.
         parts: what it was trained on, and what it can be measured on.
         teacher: the collaborative recommender, where one was asked.
-        teacher_weight: of the teacher where both rank.
+        teacher_weight: of the teacher where both rank, None where the validation part chooses it.
         seconds: of training alone, evaluations in between included.
         collaborative_seconds: of fitting the collaborative recommender, 0 where none was fitted.
     """
@@ -421,7 +426,7 @@ class Fitted:
     trainer: GFlowGRTrainer
     parts: Split
     teacher: CollaborativeModel | None
-    teacher_weight: float
+    teacher_weight: float | None
     seconds: float
     collaborative_seconds: float
 
@@ -539,6 +544,7 @@ def _finish(partial: Path, run: TrainedRun, items: Items, parts: Split) -> None:
         "validation": run.validation.to_dict(),
         "test": run.test.to_dict(),
         TEACHER_WEIGHT: run.teacher_weight,
+        **({} if run.by_teacher_weight is None else {BY_TEACHER_WEIGHT: run.by_teacher_weight}),
         "seconds": {"training": run.seconds, "collaborative": run.collaborative_seconds},
     }
     write_text(partial / METRICS, json.dumps(metrics, indent=1))
@@ -573,7 +579,7 @@ def evaluate(
         ValueError: the data have other items or another trie than the run, a setting does not exist, or the
             teacher cannot rank together with the model.
     """
-    from gflowgr.assembly import Plan, teacher_weight_of
+    from gflowgr.assembly import Plan
     from gflowgr.backbones import GenerativeRecommender
     from gflowgr.settings import merge, read_yaml
     from gflowgr.trainer import GFlowGRTrainer
@@ -591,12 +597,24 @@ def evaluate(
         )
     recommender = GenerativeRecommender.load(path / CHECKPOINT, folder.semantic_ids)
     trainer = GFlowGRTrainer(recommender, plan.config(path), None)
-    weight = teacher_weight_of(settings) if teacher_weight is None else teacher_weight
+    weight = _teacher_weight_of(path, teacher_weight)
     teacher = _teacher_of(path, trainer.args.device) if weight else None
     metrics = _ranked(trainer, getattr(plan.divide(folder.log), part), teacher, weight)
     if output is not None:
         write_text(output, json.dumps({"part": part, TEACHER_WEIGHT: weight, **metrics.to_dict()}, indent=1))
     return metrics
+
+
+def _weighed(fitted: Fitted) -> tuple[float, dict[float, float], Metrics]:
+    """The teacher's weight that is best on the validation part, NDCG of each, and the metrics of the best."""
+    from gflowgr.collaborative import Recommender
+    from gflowgr.ensemble import best_weight, ndcg_of_lists, rank_by_weight
+
+    assert isinstance(fitted.teacher, Recommender)
+    recommender, options = fitted.trainer.policy.recommender, _listing(fitted.trainer.args)
+    measured = rank_by_weight(recommender, fitted.teacher, fitted.parts.validation, **options)
+    best = best_weight(measured)
+    return best, {weight: ndcg_of_lists(metrics) for weight, metrics in measured.items()}, measured[best]
 
 
 def _ranked(
@@ -608,17 +626,19 @@ def _ranked(
     from gflowgr.ensemble import rank_together
 
     assert isinstance(teacher, Recommender)
-    args = trainer.args
-    return rank_together(
-        trainer.policy.recommender,
-        teacher,
-        examples,
-        teacher_weight=teacher_weight,
-        num_items=args.eval_num_items,
-        num_beams=args.eval_num_beams,
-        exclude_history=args.exclude_history,
-        batch_size=args.per_device_eval_batch_size,
-    )
+    recommender = trainer.policy.recommender
+    options = _listing(trainer.args)
+    return rank_together(recommender, teacher, examples, teacher_weight=teacher_weight, **options)
+
+
+def _listing(args: GFlowGRConfig) -> dict[str, Any]:
+    """How lists are made where they are measured."""
+    return {
+        "num_items": args.eval_num_items,
+        "num_beams": args.eval_num_beams,
+        "exclude_history": args.exclude_history,
+        "batch_size": args.per_device_eval_batch_size,
+    }
 
 
 @dataclass(frozen=True)
@@ -661,10 +681,8 @@ def recommend(
         FileNotFoundError: no run, or no teacher where it is asked.
         ValueError: an item that the catalogue lacks, or several fit it; or as `evaluate`.
     """
-    from gflowgr.assembly import teacher_weight_of
     from gflowgr.backbones import GenerativeRecommender
     from gflowgr.generation import generate
-    from gflowgr.settings import read_yaml
 
     path = _run_folder(run)
     items = Items.load(path / ITEMS)
@@ -678,7 +696,7 @@ def recommend(
         "exclude": [items.find(exclude)] if exclude else None,
         "exclude_history": exclude_history,
     }
-    weight = teacher_weight_of(read_yaml(path / SETTINGS)) if teacher_weight is None else teacher_weight
+    weight = _teacher_weight_of(path, teacher_weight)
     if not weight:
         generated = generate(recommender, torch.tensor([found]), **options)
     else:
@@ -703,12 +721,19 @@ def teacher_weight(run: PathLike) -> float:
     """What weight a run's teacher has where it ranks unless told otherwise, 0 where its model ranks alone.
 
     Raises:
-        FileNotFoundError: no run.
+        FileNotFoundError: no run, or the metrics are gone that say what its validation part chose.
     """
+    return _teacher_weight_of(_run_folder(run))
+
+
+def _teacher_weight_of(run: Path, given: float | None = None) -> float:
     from gflowgr.assembly import teacher_weight_of
     from gflowgr.settings import read_yaml
 
-    return teacher_weight_of(read_yaml(_run_folder(run) / SETTINGS))
+    weight = teacher_weight_of(read_yaml(run / SETTINGS)) if given is None else given
+    if weight is None:
+        weight = float(json.loads((run / METRICS).read_text(encoding="utf-8"))[TEACHER_WEIGHT])
+    return weight
 
 
 def _teacher_of(run: Path, device: torch.device) -> Recommender:

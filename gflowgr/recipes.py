@@ -40,7 +40,7 @@ OBJECTIVE: dict[str, Any] = {
         "rollout_reuse": 4,
         "reward_candidates": 128,
     },
-    "ranking": {"teacher_weight": 0.5},
+    "ranking": {"teacher_weight": "validation"},
 }
 # From scratch: it need not begin with a supervised model. What a history goes on by are contexts, too: with
 # three quarters of the histories it takes as many steps as SFT.

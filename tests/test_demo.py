@@ -13,7 +13,7 @@ from gflowgr import collaborative, demo, pipeline
 from gflowgr.backbones import GenerativeRecommender
 from gflowgr.data import split
 from gflowgr.demo_report import ALONE, BESIDE, CONTINUED, OURS, SFT, TB
-from gflowgr.ensemble import rank_together
+from gflowgr.ensemble import best_weight, rank_by_weight, rank_together
 from gflowgr.folders import DataFolder
 from gflowgr.metrics import bootstrap_interval
 
@@ -84,7 +84,7 @@ def test_the_rows_are_those_of_the_runs(output: Path) -> None:
 def test_ours_stands_there_with_its_teacher_and_without(output: Path) -> None:
     rows = {row["name"]: row["metrics"] for row in results(output)["rows"]}
     run = output / "runs" / "gflowgr"
-    for name, weight in ((OURS, 0.5), (ALONE, 0.0)):
+    for name, weight in ((OURS, None), (ALONE, 0.0)):
         summary = pipeline.evaluate(run, teacher_weight=weight).summary()
         assert rows[name]["ndcg@10"]["value"] == pytest.approx(summary["ndcg@10"], rel=1e-4)
         assert (rows[name]["nll"]["value"] is None) == (name == OURS)
@@ -92,13 +92,10 @@ def test_ours_stands_there_with_its_teacher_and_without(output: Path) -> None:
     assert found[0] != found[1] and found[2] != found[3]
     data = DataFolder.load(output / "data", tokenized=True)
     supervised = GenerativeRecommender.load(output / "runs" / "sft-continued" / pipeline.CHECKPOINT)
-    both = rank_together(
-        supervised,
-        collaborative.load(output / "mixture.safetensors"),
-        split(data.log, max_history=demo.SHORT.history).test,
-        teacher_weight=0.8,
-        exclude_history=True,
-    )
+    parts = split(data.log, max_history=demo.SHORT.history)
+    pair = supervised, collaborative.load(output / "mixture.safetensors")
+    weight = best_weight(rank_by_weight(*pair, parts.validation, exclude_history=True))
+    both = rank_together(*pair, parts.test, teacher_weight=weight, exclude_history=True)
     assert found[2] == pytest.approx(both.summary()["ndcg@10"], rel=1e-4)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from gflowgr.backbones import GenerativeRecommender, build_decoder, build_t5
 from gflowgr.collaborative import ItemKNN, Popularity, Recommender
-from gflowgr.ensemble import generate_together, rank_together
+from gflowgr.ensemble import best_weight, generate_together, rank_by_weight, rank_together
 from gflowgr.generation import generate, score_all
 from gflowgr.semantic_ids import SemanticIds
 
@@ -157,6 +158,25 @@ def test_lists_are_measured_but_for_the_likelihood(
     assert "nll" not in metrics.summary()
 
 
+def test_the_best_weight_is_that_of_the_highest_ndcg(
+    recommender: GenerativeRecommender, teacher: Fixed
+) -> None:
+    examples = SimpleNamespace(history=some_histories(9, contexts=12), target=torch.arange(12))
+    weights = [1.0, 0.0, 0.25]
+    measured = rank_by_weight(recommender, teacher, examples, teacher_weights=weights, num_items=4)
+    assert list(measured) == weights
+    places = {}
+    for weight, metrics in measured.items():
+        one = rank_together(recommender, teacher, examples, teacher_weight=weight, num_items=4)
+        assert metrics.rank.tolist() == one.rank.tolist() and metrics.summary() == one.summary()
+        listed = [place for place in metrics.rank.tolist() if place]
+        places[weight] = sum(1 / math.log2(place + 1) for place in listed)
+    assert best_weight(measured) == max(places, key=lambda weight: places[weight])
+    assert len(set(places.values())) > 1
+    # Of equals the one that asks least of the teacher.
+    assert best_weight({0.75: measured[0.25], 0.5: measured[0.25]}) == 0.5
+
+
 def test_dropout_plays_no_part_and_the_mode_stays(teacher: Fixed) -> None:
     model, history = a_model("llama", dropout=0.5), some_histories(6)
     still = generate_together(model, teacher, history)
@@ -182,6 +202,8 @@ def test_errors_name_the_argument(recommender: GenerativeRecommender, teacher: F
     for weight in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match=r"teacher_weight is .* from 0 to 1"):
             generate_together(recommender, teacher, history, teacher_weight=weight)
+        with pytest.raises(ValueError, match=r"teacher_weight is .* from 0 to 1"):
+            rank_by_weight(recommender, teacher, SimpleNamespace(), teacher_weights=[0.5, weight])
     wrong: Any
     for wrong in ("half", True):
         with pytest.raises(TypeError, match=r"teacher_weight is .*, needs a number"):

@@ -24,7 +24,7 @@ from gflowgr.backbones import GenerativeRecommender
 from gflowgr.collaborative import ItemKNN, Mixture, Popularity, SASRec, SASRecNetwork
 from gflowgr.config import GFlowGRConfig, check_kind
 from gflowgr.data import InteractionLog, split
-from gflowgr.ensemble import rank_together
+from gflowgr.ensemble import WEIGHTS, rank_together
 from gflowgr.folders import DataFolder, Items
 from gflowgr.generation import score_all
 from gflowgr.quality.run_users import load_run_users
@@ -457,6 +457,36 @@ def test_a_run_ranks_as_its_settings_say(prepared: Path, tmp_path: Path) -> None
     assert lists[0] == lists[1] != pipeline.recommend(run.path, ["no. 3"], teacher_weight=0.0)[1]
 
 
+def test_validation_chooses_the_weight_of_the_teacher(prepared: Path, tmp_path: Path) -> None:
+    settings = override(SMALL, [*POPULAR, "ranking.teacher_weight=validation", "training.eval_num_items=4"])
+    run = pipeline.train(prepared, tmp_path / "run", settings)
+    assert run.by_teacher_weight is not None and list(run.by_teacher_weight) == list(WEIGHTS)
+    for weight, ndcg in run.by_teacher_weight.items():
+        again = pipeline.evaluate(run.path, part="validation", teacher_weight=weight)
+        assert ndcg == pytest.approx(again.summary()["ndcg@4"])
+    assert len(set(run.by_teacher_weight.values())) > 2
+    best = max(run.by_teacher_weight.values())
+    assert run.by_teacher_weight[run.teacher_weight] == best
+    assert run.validation.summary()["ndcg@4"] == pytest.approx(best)
+    # Whoever asks the run later gets that weight, too.
+    assert pipeline.teacher_weight(run.path) == run.teacher_weight
+    assert pipeline.evaluate(run.path).rank.tolist() == run.test.rank.tolist()
+    document = json.loads((run.path / "metrics.json").read_text())
+    assert document["teacher_weight"] == run.teacher_weight
+    kept = document["validation_by_teacher_weight"]
+    assert {float(weight): ndcg for weight, ndcg in kept.items()} == run.by_teacher_weight
+    lists = [
+        pipeline.recommend(run.path, ["no. 3"], teacher_weight=weight)[1]
+        for weight in (None, run.teacher_weight)
+    ]
+    assert lists[0] == lists[1]
+    with pytest.raises(TypeError, match=r"ranking\.teacher_weight is 'half', needs 'validation' or a number"):
+        Plan.of({"ranking": {"teacher_weight": "half"}})
+    (run.path / "metrics.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"metrics\.json"):
+        pipeline.recommend(run.path, ["no. 3"])
+
+
 def test_a_teacher_may_only_rank(prepared: Path, tmp_path: Path) -> None:
     settings = override(SMALL, ["training.objective=sft", *POPULAR])
     run = pipeline.train(prepared, tmp_path / "run", settings)
@@ -578,6 +608,9 @@ def test_the_best_of_a_run_is_best_by_its_metric() -> None:
         plan = Plan.of({"training": {"metric_for_best_model": metric, "eval_num_items": 7}})
         assert plan.config(Path("run")).greater_is_better is better
     assert Plan.of({}).config(Path("run")).greater_is_better
+    # One item is no more diverse than another.
+    with pytest.raises(ValueError, match=r"metric_for_best_model is 'diversity@1', needs one of .*ndcg@1"):
+        Plan.of({"training": {"metric_for_best_model": "diversity@1", "eval_num_items": 1}})
 
 
 def test_a_config_takes_paths_and_refuses_other_kinds(tmp_path: Path) -> None:

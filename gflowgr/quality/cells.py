@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,14 @@ from gflowgr.bench.table import machine
 from gflowgr.collaborative import Recommender, best_items
 from gflowgr.config import GFlowGRConfig
 from gflowgr.data import Examples, Split, split
-from gflowgr.ensemble import rank_together
+from gflowgr.ensemble import best_weight, ndcg_of_lists, rank_by_weight, rank_together
 from gflowgr.folders import DataFolder, remove
 from gflowgr.metrics import Metrics, ranking_metrics
 from gflowgr.quality.data import DataSet
 from gflowgr.quality.grids import chosen_settings, grid_of
 from gflowgr.quality.results import SCHEDULES, Cell, save_users
 from gflowgr.quality.rows import ROWS
+from gflowgr.quality.run_users import BY_TEACHER_WEIGHT
 from gflowgr.recipes import SFT
 from gflowgr.settings import merge
 from gflowgr.trainer import GFlowGRTrainer
@@ -144,6 +145,7 @@ def run(row_name: str, data_set: DataSet, seed: int, place: Place) -> Cell:
     }
     measure = kinds.get(row.kind, _run_model)
     measured = measure(row_name, data_set, seed, place, settings, folder)
+    settings = {**settings, **measured.chosen}
     cell = _cell(row_name, data_set, seed, place, settings, folder, measured)
     if measured.schedule is not None:
         schedule = place.schedule(data_set.name, row_name, seed)
@@ -169,6 +171,7 @@ class _Measured:
     contexts: float = 0.0
     seconds: float = 0.0
     schedule: WeightSchedule | None = None
+    chosen: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _run_scorer(
@@ -310,19 +313,18 @@ def _run_ensemble(
     if isinstance(scorer, collaborative.TRAINED):
         scorer.to(device())
     parts = split(folder.log, max_history=MAX_HISTORY)
-    validation, test = (
-        rank_together(
-            recommender,
-            scorer,
-            part,
-            teacher_weight=settings["teacher_weight"],
-            num_items=PLACES,
-            num_beams=settings["candidates"],
-            exclude_history=settings.get("exclude_history", False),
-        )
-        for part in (parts.validation, parts.test)
-    )
-    return _Measured(parts, validation, test)
+    options: dict[str, Any] = {
+        "num_items": PLACES,
+        "num_beams": settings["candidates"],
+        "exclude_history": settings.get("exclude_history", False),
+    }
+    weights = settings["teacher_weights"]
+    measured = rank_by_weight(recommender, scorer, parts.validation, teacher_weights=weights, **options)
+    best = best_weight(measured)
+    test = rank_together(recommender, scorer, parts.test, teacher_weight=best, **options)
+    by_weight = {f"{weight:g}": ndcg_of_lists(metrics) for weight, metrics in measured.items()}
+    chosen = {"teacher_weight": best, BY_TEACHER_WEIGHT: by_weight}
+    return _Measured(parts, measured[best], test, chosen=chosen)
 
 
 def _rank_unseen(

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from gflowgr.ensemble import WEIGHTS
 from gflowgr.quality.results import TOGETHER, UNSEEN
 from gflowgr.recipes import GFLOWGR, OBJECTIVE, SFT
 from gflowgr.settings import merge
@@ -53,6 +54,8 @@ _RECIPE, _OBJECTIVE = (
     for recipe in (GFLOWGR, OBJECTIVE)
 )
 _EXCLUDING = {"exclude_history": True}
+# Whoever ranks with a teacher: its weight is the best of these on the validation part.
+_TOGETHER = {"teacher_weights": list(WEIGHTS)}
 
 
 def _scorer(model: str, **options: Any) -> Row:
@@ -185,7 +188,7 @@ ROWS: dict[str, Row] = {
         "decoder", _within(merge(SFT, {"training": _ROLLOUTS})), teacher="sasrec", like="sft"
     ),
     "sft-rollouts": Row("decoder", merge(SFT, {"training": _ROLLOUTS}), teacher="mixture", like="sft"),
-    "ensemble": Row("ensemble", {"teacher_weight": 0.5}, start="sft", teacher="sasrec"),
+    "ensemble": Row("ensemble", _TOGETHER, start="sft", teacher="sasrec"),
     "dpo": _further("s_dpo", None, _RANDOM, num_trajectories=2),
     "s-dpo": _further("s_dpo", None, _RANDOM, num_trajectories=4),
     "sprec": _further("s_dpo", None, _POLICY, num_trajectories=2, sft_weight=1.0),
@@ -258,15 +261,9 @@ ROWS: dict[str, Row] = {
     ),
 }
 
-# Ranked together with the teacher, whose weight is the best of eight for Scientific's first seed: for
-# supervised models on the validation part, for ours in the rehearsal.
+# Ranked together with the teacher.
 _LENGTHS = [f"{method}{length}" for method in ("sft", "gflowgr") for length in ("", "-longer", "-longest")]
-ROWS |= {
-    row + TOGETHER: Row(
-        "ensemble", {"teacher_weight": 0.8 if row.startswith("sft") else 0.5}, start=row, teacher="mixture"
-    )
-    for row in _LENGTHS
-}
+ROWS |= {row + TOGETHER: Row("ensemble", _TOGETHER, start=row, teacher="mixture") for row in _LENGTHS}
 
 # Lists without the items of the history, as a shop shows them where nobody takes an item twice.
 _RANKED_TWICE = [

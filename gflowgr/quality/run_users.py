@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 METRICS = "metrics.json"
 # Of the recommender that ranked beside the model, in the metrics.
 TEACHER_WEIGHT = "teacher_weight"
+# NDCG of the validation part by that weight, where it was chosen so.
+BY_TEACHER_WEIGHT = "validation_by_teacher_weight"
 _RANKS = ("validation_rank", "test_rank")
 _ABOUT_USERS = ("history_length", "target_popularity")
 
