@@ -266,7 +266,7 @@ class Findings:
             f"{OURS} learns from {TEACHER} and {TB} from {SASREC}, beside the log; a part of any gain is "
             f"their knowledge. By its recipe {OURS} ranks together with its teacher, by the geometric mean "
             f"of both probabilities; '{ALONE}' is the same model without it, '{BESIDE}' the supervised one "
-            "with the same teacher. The validation users chose the teacher's weight, of eleven, for both.",
+            "with the same teacher. The validation users chose the teacher's weight for both.",
         ]
 
     def _settings(self) -> dict[str, dict[str, Any]]:

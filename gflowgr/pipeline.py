@@ -313,7 +313,8 @@ class TrainedRun:
             and its teacher.
         test: the same of the test part.
         teacher_weight: that the teacher had in both, 0 where the model ranked alone.
-        by_teacher_weight: NDCG of the validation part by the teacher's weight, where that chose it.
+        by_teacher_weight: NDCG of the validation part by the teacher's weight, where that chose it among
+            `gflowgr.ensemble.WEIGHTS`.
         history: the trainer's log, an entry a logged step.
         seconds: of training alone, evaluations in between included.
         collaborative_seconds: of fitting the collaborative recommender, 0 where none was fitted.
