@@ -157,8 +157,9 @@ def best_items(scores: Tensor, num_items: int, exclude: Any = None) -> Tensor:
     if exclude is not None:
         hidden = torch.from_numpy(request(exclude, None, *scores.shape).excluded).to(scores.device)
         scores = scores.reshape(-1).index_fill(0, hidden, -torch.inf).view_as(scores)
-    best = scores.topk(num_items)
-    return best.indices.masked_fill(best.values.isneginf(), -1)
+    best = scores.topk(min(num_items, scores.shape[1]))
+    items = best.indices.masked_fill(best.values.isneginf(), -1)
+    return torch.nn.functional.pad(items, (0, num_items - items.shape[1]), value=-1)
 
 
 class Popularity(Recommender):

@@ -26,11 +26,11 @@ from gflowgr.scoring import log_shares
 _ITEMS_AT_ONCE = 512
 
 
-# What stands for a teacher's weight in settings where the validation part is to choose, and among what: the
-# model alone, or at least half. Validation flatters a model that was trained on rollouts, which have asked it
-# the same before, and would ask for too little of the teacher.
+# What stands for a teacher's weight in settings where the validation part is to choose, and among what.
+# Validation flatters a model that was trained on rollouts, which have asked it the same before, and would ask
+# for too little of the teacher: no less than half is a choice.
 BY_VALIDATION = "validation"
-WEIGHTS = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+WEIGHTS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,7 @@ def candidates(
     Arguments and errors are those of `generate_together`; results are on the device of `history`.
     """
     _check(recommender, teacher)
+    num_beams = at_least("num_beams", num_beams, 1)
     written = generate(
         recommender,
         history,
@@ -222,9 +223,12 @@ def rank_by_weight(
 ) -> dict[float, Metrics]:
     """What `rank_together` measures, by the teacher's weight; candidates are searched once for all weights.
 
-    Of a validation part, `best_weight` of it is what weight to rank with.
+    Of a validation part, `best_weight` of it is what weight to rank with. A weight of 0 is the model's
+    ranking of what either finds best, not of what its own search finds.
     """
     began = time.perf_counter()
+    if not teacher_weights:
+        raise ValueError("teacher_weights is empty, needs at least one weight")
     for weight in teacher_weights:
         check_teacher_weight("teacher_weight", weight)
     found = candidates(
@@ -252,11 +256,16 @@ def rank_by_weight(
 
 def best_weight(measured: Mapping[float, Metrics]) -> float:
     """The weight of the highest NDCG over whole lists, the lowest of several."""
-    return max(sorted(measured), key=lambda weight: ndcg_of_lists(measured[weight]))
+    return max(sorted(measured), key=lambda weight: _ndcg(measured[weight]))
 
 
-def ndcg_of_lists(metrics: Metrics) -> float:
-    """NDCG over as many places as the lists have."""
+def by_weight(measured: Mapping[float, Metrics]) -> dict[str, float]:
+    """NDCG by the weight in short, such as "0.5", for a file."""
+    return {f"{weight:g}": _ndcg(metrics) for weight, metrics in measured.items()}
+
+
+def _ndcg(metrics: Metrics) -> float:
+    """Over as many places as the lists have."""
     found = {name: value for name, value in metrics.summary().items() if name.startswith("ndcg@")}
     return found[max(found, key=lambda name: int(name.partition("@")[2]))]
 

@@ -161,15 +161,22 @@ def _rows_of_items(name: str, given: Any, num_items: int) -> tuple[NDArray[np.in
         if not _is_list(given):
             kind = type(given).__name__
             raise TypeError(f"{name} is a {kind}, needs (B, E) integers or a list of lists of items")
-        lists = [each.tolist() if isinstance(each, np.ndarray) else each for each in given]
-        for i, each in enumerate(lists):
-            if not _is_list(each):
-                raise TypeError(f"{name}[{i}] is a {type(each).__name__}, needs a list of items")
-        count = len(lists)
-        items = _item_ids(name, list(chain.from_iterable(lists)), num_items, padded=True)
-        lengths = np.array([len(each) for each in lists], dtype=np.int64)
+        count, flat = len(given), _concatenated(name, given)
+        items = _item_ids(name, flat, num_items, padded=True)
+        lengths = np.array([len(each) for each in given], dtype=np.int64)
     rows = np.repeat(np.arange(count), lengths)
     return rows[items >= 0], items[items >= 0], count
+
+
+def _concatenated(name: str, lists: Any) -> Any:
+    """The entries of all lists one after the other."""
+    if len(lists) and all(isinstance(each, np.ndarray) and each.dtype == np.int64 for each in lists):
+        return np.concatenate(lists)
+    lists = [each.tolist() if isinstance(each, np.ndarray) else each for each in lists]
+    for i, each in enumerate(lists):
+        if not _is_list(each):
+            raise TypeError(f"{name}[{i}] is a {type(each).__name__}, needs a list of items")
+    return list(chain.from_iterable(lists))
 
 
 def _item_sets(

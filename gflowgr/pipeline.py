@@ -56,6 +56,7 @@ CHECKPOINT = "checkpoint"
 SETTINGS = "config.yaml"
 COLLABORATIVE = "collaborative.safetensors"
 LOG = "log.json"
+RANKING = "ranking.json"
 DATA_DIGEST = "data.sha256"
 
 # Settings of a trainer that neither trains nor saves, so that nothing of what that needs has to be there.
@@ -313,8 +314,8 @@ class TrainedRun:
             and its teacher.
         test: the same of the test part.
         teacher_weight: that the teacher had in both, 0 where the model ranked alone.
-        by_teacher_weight: NDCG of the validation part by the teacher's weight, where that chose it among
-            `gflowgr.ensemble.WEIGHTS`.
+        by_teacher_weight: NDCG of the validation part by the teacher's weight, as "0.5", where that chose it
+            among `gflowgr.ensemble.WEIGHTS`.
         history: the trainer's log, an entry a logged step.
         seconds: of training alone, evaluations in between included.
         collaborative_seconds: of fitting the collaborative recommender, 0 where none was fitted.
@@ -325,7 +326,7 @@ class TrainedRun:
     validation: Metrics
     test: Metrics
     teacher_weight: float
-    by_teacher_weight: dict[float, float] | None
+    by_teacher_weight: dict[str, float] | None
     history: list[dict[str, float]]
     seconds: float
     collaborative_seconds: float
@@ -349,6 +350,7 @@ def train(
     Args:
         data: a folder that `prepare` and `tokenize` made.
         output: the folder to make: checkpoint, config.yaml, log.json, metrics.json, users.npz, items.parquet;
+            ranking.json, where the validation part chose the teacher's weight;
             and, where the sampler adapts or replays, its weights in each step (schedule.json) and their
             figure (schedule.svg).
         settings: sections as in `gflowgr.assembly.Plan`; nothing for the defaults.
@@ -371,9 +373,9 @@ def train(
     if overwrite and not resume:
         remove(partial)
     fitted = fit(folder, settings, partial, resume=resume, callbacks=callbacks)
-    weight, by_weight = fitted.teacher_weight, None
+    weight, chosen_by = fitted.teacher_weight, None
     if weight is None:
-        weight, by_weight, validation = _weighed(fitted)
+        weight, chosen_by, validation = _weighed(fitted)
     else:
         validation = _ranked(fitted.trainer, fitted.parts.validation, fitted.teacher, weight)
     test = _ranked(fitted.trainer, fitted.parts.test, fitted.teacher, weight)
@@ -383,7 +385,7 @@ def train(
         validation,
         test,
         weight,
-        by_weight,
+        chosen_by,
         fitted.trainer.state.log_history,
         fitted.seconds,
         fitted.collaborative_seconds,
@@ -545,10 +547,12 @@ def _finish(partial: Path, run: TrainedRun, items: Items, parts: Split) -> None:
         "validation": run.validation.to_dict(),
         "test": run.test.to_dict(),
         TEACHER_WEIGHT: run.teacher_weight,
-        **({} if run.by_teacher_weight is None else {BY_TEACHER_WEIGHT: run.by_teacher_weight}),
         "seconds": {"training": run.seconds, "collaborative": run.collaborative_seconds},
     }
     write_text(partial / METRICS, json.dumps(metrics, indent=1))
+    if run.by_teacher_weight is not None:
+        chosen = {TEACHER_WEIGHT: run.teacher_weight, BY_TEACHER_WEIGHT: run.by_teacher_weight}
+        write_text(partial / RANKING, json.dumps(chosen, indent=1))
     save_run_users(partial, parts, run.validation, run.test)
     for past in (*_checkpoints(partial), partial / DATA_DIGEST):
         remove(past)
@@ -572,7 +576,8 @@ def evaluate(
         part: "validation" or "test".
         output: where to write the metrics with their confidence intervals as JSON; by default nowhere.
         teacher_weight: of the recommender that the run learned from, which ranks together with its model (see
-            `gflowgr.ensemble`), from 0, the model alone, to 1; by default what the run's settings say.
+            `gflowgr.ensemble`), from 0, the model alone, to 1; by default what the run's settings say, or
+            what its validation part chose.
         training: changes of the run's training settings, such as `eval_num_beams` or `exclude_history`.
 
     Raises:
@@ -606,16 +611,16 @@ def evaluate(
     return metrics
 
 
-def _weighed(fitted: Fitted) -> tuple[float, dict[float, float], Metrics]:
+def _weighed(fitted: Fitted) -> tuple[float, dict[str, float], Metrics]:
     """The teacher's weight that is best on the validation part, NDCG of each, and the metrics of the best."""
     from gflowgr.collaborative import Recommender
-    from gflowgr.ensemble import best_weight, ndcg_of_lists, rank_by_weight
+    from gflowgr.ensemble import best_weight, by_weight, rank_by_weight
 
     assert isinstance(fitted.teacher, Recommender)
     recommender, options = fitted.trainer.policy.recommender, _listing(fitted.trainer.args)
     measured = rank_by_weight(recommender, fitted.teacher, fitted.parts.validation, **options)
     best = best_weight(measured)
-    return best, {weight: ndcg_of_lists(metrics) for weight, metrics in measured.items()}, measured[best]
+    return best, by_weight(measured), measured[best]
 
 
 def _ranked(
@@ -722,19 +727,32 @@ def teacher_weight(run: PathLike) -> float:
     """What weight a run's teacher has where it ranks unless told otherwise, 0 where its model ranks alone.
 
     Raises:
-        FileNotFoundError: no run, or the metrics are gone that say what its validation part chose.
+        FileNotFoundError: no run, or the file is gone that says what its validation part chose.
+        ValueError: that file says no weight.
     """
     return _teacher_weight_of(_run_folder(run))
 
 
 def _teacher_weight_of(run: Path, given: float | None = None) -> float:
     from gflowgr.assembly import teacher_weight_of
+    from gflowgr.ensemble import check_teacher_weight
     from gflowgr.settings import read_yaml
 
     weight = teacher_weight_of(read_yaml(run / SETTINGS)) if given is None else given
-    if weight is None:
-        weight = float(json.loads((run / METRICS).read_text(encoding="utf-8"))[TEACHER_WEIGHT])
-    return weight
+    if weight is not None:
+        return weight
+    path = run / RANKING
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is gone, which says what weight of the teacher is best on validation; give a "
+            "teacher_weight"
+        )
+    try:
+        weight = json.loads(path.read_text(encoding="utf-8"))[TEACHER_WEIGHT]
+        check_teacher_weight(TEACHER_WEIGHT, weight)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: says no weight of the teacher: {error!r}") from error
+    return float(weight)
 
 
 def _teacher_of(run: Path, device: torch.device) -> Recommender:

@@ -208,7 +208,7 @@ def test_popularity_is_the_smoothed_share_of_interactions() -> None:
 @given(st.data())
 def test_the_best_items_are_those_of_the_highest_scores_that_may_be_listed(data: st.DataObject) -> None:
     rows, items = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 9))
-    k = data.draw(st.integers(1, items))
+    k = data.draw(st.integers(1, items + 2))
     scores = torch.stack([torch.randperm(items).float() for _ in range(rows)])
     exclude = data.draw(st.lists(st.lists(st.integers(0, items - 1)), min_size=rows, max_size=rows))
     expected = []
@@ -218,7 +218,8 @@ def test_the_best_items_are_those_of_the_highest_scores_that_may_be_listed(data:
     before = scores.clone()
     assert best_items(scores, k, exclude).tolist() == expected
     assert best_items(scores, k, padded(exclude)).tolist() == expected
-    assert best_items(scores, k).tolist() == scores.argsort(1, descending=True)[:, :k].tolist()
+    everything = [order + [-1] * (k - items) for order in scores.argsort(1, descending=True)[:, :k].tolist()]
+    assert best_items(scores, k).tolist() == everything
     assert torch.equal(scores, before)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gflowgr.backbones import GenerativeRecommender, build_decoder, build_t5
 from gflowgr.collaborative import ItemKNN, Popularity, Recommender
-from gflowgr.ensemble import best_weight, generate_together, rank_by_weight, rank_together
+from gflowgr.ensemble import best_weight, candidates, generate_together, rank_by_weight, rank_together
 from gflowgr.generation import generate, score_all
 from gflowgr.semantic_ids import SemanticIds
 
@@ -204,6 +204,10 @@ def test_errors_name_the_argument(recommender: GenerativeRecommender, teacher: F
             generate_together(recommender, teacher, history, teacher_weight=weight)
         with pytest.raises(ValueError, match=r"teacher_weight is .* from 0 to 1"):
             rank_by_weight(recommender, teacher, SimpleNamespace(), teacher_weights=[0.5, weight])
+    with pytest.raises(ValueError, match="teacher_weights is empty"):
+        rank_by_weight(recommender, teacher, SimpleNamespace(), teacher_weights=[])
+    with pytest.raises(ValueError, match="num_beams is 0, needs at least 1"):
+        candidates(recommender, teacher, history, num_beams=0)
     wrong: Any
     for wrong in ("half", True):
         with pytest.raises(TypeError, match=r"teacher_weight is .*, needs a number"):

@@ -460,21 +460,25 @@ def test_a_run_ranks_as_its_settings_say(prepared: Path, tmp_path: Path) -> None
 def test_validation_chooses_the_weight_of_the_teacher(prepared: Path, tmp_path: Path) -> None:
     settings = override(SMALL, [*POPULAR, "ranking.teacher_weight=validation", "training.eval_num_items=4"])
     run = pipeline.train(prepared, tmp_path / "run", settings)
-    assert run.by_teacher_weight is not None and list(run.by_teacher_weight) == list(WEIGHTS)
-    for weight, ndcg in run.by_teacher_weight.items():
+    assert run.by_teacher_weight is not None
+    measured = {float(weight): ndcg for weight, ndcg in run.by_teacher_weight.items()}
+    assert list(measured) == list(WEIGHTS)
+    for weight, ndcg in measured.items():
         again = pipeline.evaluate(run.path, part="validation", teacher_weight=weight)
         assert ndcg == pytest.approx(again.summary()["ndcg@4"])
-    assert len(set(run.by_teacher_weight.values())) > 2
-    best = max(run.by_teacher_weight.values())
-    assert run.by_teacher_weight[run.teacher_weight] == best
+    assert len(set(measured.values())) > 2
+    best = max(measured.values())
+    assert measured[run.teacher_weight] == best
     assert run.validation.summary()["ndcg@4"] == pytest.approx(best)
     # Whoever asks the run later gets that weight, too.
     assert pipeline.teacher_weight(run.path) == run.teacher_weight
     assert pipeline.evaluate(run.path).rank.tolist() == run.test.rank.tolist()
-    document = json.loads((run.path / "metrics.json").read_text())
+    pipeline.evaluate(run.path, output=run.path / "metrics.json", teacher_weight=0.0)
+    assert pipeline.teacher_weight(run.path) == run.teacher_weight
+    ranking = run.path / "ranking.json"
+    document = json.loads(ranking.read_text())
     assert document["teacher_weight"] == run.teacher_weight
-    kept = document["validation_by_teacher_weight"]
-    assert {float(weight): ndcg for weight, ndcg in kept.items()} == run.by_teacher_weight
+    assert document["validation_by_teacher_weight"] == run.by_teacher_weight
     lists = [
         pipeline.recommend(run.path, ["no. 3"], teacher_weight=weight)[1]
         for weight in (None, run.teacher_weight)
@@ -482,9 +486,14 @@ def test_validation_chooses_the_weight_of_the_teacher(prepared: Path, tmp_path: 
     assert lists[0] == lists[1]
     with pytest.raises(TypeError, match=r"ranking\.teacher_weight is 'half', needs 'validation' or a number"):
         Plan.of({"ranking": {"teacher_weight": "half"}})
-    (run.path / "metrics.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"metrics\.json"):
+    for damaged in ("", "[]", "{}", '{"teacher_weight": 2}'):
+        ranking.write_text(damaged)
+        with pytest.raises(ValueError, match=r"ranking\.json: says no weight of the teacher"):
+            pipeline.evaluate(run.path)
+    ranking.unlink()
+    with pytest.raises(FileNotFoundError, match=r"ranking\.json is gone.*; give a teacher_weight"):
         pipeline.recommend(run.path, ["no. 3"])
+    assert pipeline.recommend(run.path, ["no. 3"], teacher_weight=run.teacher_weight)[1] == lists[0]
 
 
 def test_a_teacher_may_only_rank(prepared: Path, tmp_path: Path) -> None:

@@ -156,6 +156,14 @@ def test_each_backbone_has_its_own_baseline_and_each_row_its_teacher() -> None:
         make_table("x", [*cells, a_cell("gflowgr", 1, RNG_RANKS[7], built_on=["sasrec"])])
 
 
+def test_seeds_that_were_not_measured_alike_have_no_mean() -> None:
+    cells = [a_cell("ensemble", seed, settings={"teacher_weight": 0.5}) for seed in (0, 1)]
+    assert make_table("x", cells).lines[0].seeds == (0, 1)
+    other = a_cell("ensemble", 2, settings={"teacher_weight": 0.5, "teacher_weights": [0.5]})
+    with pytest.raises(ValueError, match=r"ensemble: seeds 0 and 2 were not .* no teacher_weights; remove"):
+        make_table("x", [*cells, other])
+
+
 def test_the_best_of_each_column_is_bold() -> None:
     worse, upper = [0] * 60, [1] * 60
     low = {**metrics_of(worse), "gini@10": 0.25}

@@ -19,7 +19,7 @@ from gflowgr.bench.table import machine
 from gflowgr.collaborative import Recommender, best_items
 from gflowgr.config import GFlowGRConfig
 from gflowgr.data import Examples, Split, split
-from gflowgr.ensemble import best_weight, ndcg_of_lists, rank_by_weight, rank_together
+from gflowgr.ensemble import best_weight, by_weight, rank_by_weight, rank_together
 from gflowgr.folders import DataFolder, remove
 from gflowgr.metrics import Metrics, ranking_metrics
 from gflowgr.quality.data import DataSet
@@ -322,8 +322,7 @@ def _run_ensemble(
     measured = rank_by_weight(recommender, scorer, parts.validation, teacher_weights=weights, **options)
     best = best_weight(measured)
     test = rank_together(recommender, scorer, parts.test, teacher_weight=best, **options)
-    by_weight = {f"{weight:g}": ndcg_of_lists(metrics) for weight, metrics in measured.items()}
-    chosen = {"teacher_weight": best, BY_TEACHER_WEIGHT: by_weight}
+    chosen = {"teacher_weight": best, BY_TEACHER_WEIGHT: by_weight(measured)}
     return _Measured(parts, measured[best], test, chosen=chosen)
 
 
@@ -339,7 +338,8 @@ def _rank_unseen(
         if isinstance(scorer, collaborative.TRAINED):
             scorer.to(device())
         validation, test = (
-            _rank_scores(scorer, part, folder, **settings) for part in (parts.validation, parts.test)
+            _rank_scores(scorer, part, folder, settings["exclude_history"])
+            for part in (parts.validation, parts.test)
         )
         return _Measured(parts, validation, test)
     args = GFlowGRConfig(
@@ -348,7 +348,7 @@ def _rank_unseen(
         eval_num_items=PLACES,
         use_cpu=device().type == "cpu",
         report_to="none",
-        **settings,
+        exclude_history=settings["exclude_history"],
     )
     trainer = GFlowGRTrainer(GenerativeRecommender.load(checkpoint / pipeline.CHECKPOINT), args)
     return _Measured(parts, trainer.rank(parts.validation), trainer.rank(parts.test))

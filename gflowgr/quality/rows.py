@@ -53,7 +53,7 @@ _RECIPE, _OBJECTIVE = (
     {name: options for name, options in recipe.items() if name != "ranking"}
     for recipe in (GFLOWGR, OBJECTIVE)
 )
-_EXCLUDING = {"exclude_history": True}
+_EXCLUDING = {"exclude_history": True, "excluded": "all earlier items"}
 # Whoever ranks with a teacher: its weight is the best of these on the validation part.
 _TOGETHER = {"teacher_weights": list(WEIGHTS)}
 

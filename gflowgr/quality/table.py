@@ -132,14 +132,28 @@ def make_table(dataset: str, cells: Sequence[Cell]) -> Table:
     """The table of one data set's cells.
 
     Raises:
-        ValueError: a row learned from different teachers.
+        ValueError: a row learned from different teachers, or its seeds had settings of different names.
     """
     rows: dict[str, list[Cell]] = {}
     for cell in cells:
         rows.setdefault(cell.row, []).append(cell)
+    for row, found in rows.items():
+        _require_one_protocol(row, found)
     lines = [_line(row, rows) for row in sorted(rows, key=_place)]
     users, items = (cells[0].num_users, cells[0].num_items) if cells else (0, 0)
     return Table(dataset, users, items, lines)
+
+
+def _require_one_protocol(row: str, cells: Sequence[Cell]) -> None:
+    """Raises ValueError where a mean would be of what was measured in different ways."""
+    first = cells[0]
+    for cell in cells:
+        names = set(cell.settings) ^ set(first.settings)
+        if names:
+            raise ValueError(
+                f"{cell.dataset}/{row}: seeds {first.seed} and {cell.seed} were not measured alike, as one of "
+                f"them has no {', '.join(sorted(names))}; remove the older result file and reproduce it"
+            )
 
 
 def _place(row: str) -> tuple[int, int, int, str]:
