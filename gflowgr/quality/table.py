@@ -151,7 +151,7 @@ def _require_one_protocol(row: str, cells: Sequence[Cell]) -> None:
         names = set(cell.settings) ^ set(first.settings)
         if names:
             raise ValueError(
-                f"{cell.dataset}/{row}: seeds {first.seed} and {cell.seed} were not measured alike, as one of "
+                f"{cell.dataset}/{row}: seeds {first.seed} and {cell.seed} were not measured alike: one of "
                 f"them has no {', '.join(sorted(names))}; remove the older result file and reproduce it"
             )
 
