@@ -102,8 +102,8 @@ class Findings:
         facts = (
             f"{len(log):,} MovieLens ratings{portion}: {log.num_users:,} users, {log.num_items:,} movies "
             f"({budget.core}-core). A user's last movie is the test target, the one before it chose the "
-            "checkpoints, the rest was trained on. Every movie of the catalogue is ranked but those in the "
-            f"user's last {budget.history}."
+            "checkpoints, the rest was trained on. Every movie of the catalogue is ranked but those that the "
+            "user has rated before."
         )
         if self.short:
             facts += " This is the short form, which shows that everything runs; its numbers mean nothing."
