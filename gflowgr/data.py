@@ -513,7 +513,6 @@ class _Windows:
         same_part = (log.user[1:] == log.user[:-1]) & (part[1:] == part[:-1])
         ends = np.r_[np.flatnonzero(~same_part) + 1, len(log)]
         self.part_end = np.repeat(ends, np.diff(ends, prepend=0))
-        self.previous = _previous_occurrence(log)
 
     def examples(self, rows: np.ndarray, with_earlier: bool) -> Examples:
         log = self.log
@@ -535,31 +534,31 @@ class _Windows:
     def _following(self, rows: np.ndarray) -> np.ndarray:
         """(n, max_future) rows of the next distinct items in the same part but the row's own, -1 for none.
 
-        A later row is the first of its item after the target, and not the target's item, exactly if that item
-        was last met before the target.
+        All parts at once, from their ends: a row's own item moves to the front of the items after it, so that
+        a step keeps the nearest `max_future` + 1, however often a user takes the same ones again.
         """
         found = np.full((len(rows), self.max_future), -1)
-        count = np.zeros(len(rows), dtype=np.int64)
-        active = np.arange(len(rows)) if self.max_future else np.arange(0)
-        distance = 0
-        while len(active):
-            distance += 1
-            active = active[rows[active] + distance < self.part_end[rows[active]]]
-            candidate = rows[active] + distance
-            new = self.previous[candidate] < rows[active]
-            found[active[new], count[active[new]]] = candidate[new]
-            count[active[new]] += 1
-            active = active[count[active] < self.max_future]
+        if not self.max_future or not len(rows):
+            return found
+        place = np.full(len(self.log), -1)
+        place[rows] = np.arange(len(rows))
+        ends, lengths = np.unique(self.part_end, return_counts=True)
+        order = np.flatnonzero(np.isin(ends, self.part_end[rows]))
+        order = order[np.argsort(-lengths[order], kind="stable")]
+        ends, lengths = ends[order], lengths[order]
+        nearest = np.full((len(ends), self.max_future + 1), -1)
+        columns = np.arange(self.max_future)
+        # Longest first, so that those which reach so far are the first.
+        reaches = np.searchsorted(-lengths, -np.arange(1, lengths[0] + 1), side="right")
+        for distance, reach in enumerate(reaches, 1):
+            row, later = ends[:reach] - distance, nearest[:reach]
+            same = (later >= 0) & (self.log.item[later] == self.log.item[row, None])
+            left_out = np.where(same.any(1), same.argmax(1), self.max_future)
+            others = later[np.arange(reach)[:, None], columns + (columns >= left_out[:, None])]
+            wanted = place[row] >= 0
+            found[place[row[wanted]]] = others[wanted]
+            later[:, 0], later[:, 1:] = row, others
         return found
-
-
-def _previous_occurrence(log: InteractionLog) -> np.ndarray:
-    """(n,) the row at which the same user met the same item before, -1 for none."""
-    order = np.lexsort((log.item, log.user))
-    again = (log.user[order[1:]] == log.user[order[:-1]]) & (log.item[order[1:]] == log.item[order[:-1]])
-    previous = np.full(len(log), -1)
-    previous[order[1:][again]] = order[:-1][again]
-    return previous
 
 
 def _pick(source: np.ndarray, rows: np.ndarray, padding: int) -> np.ndarray:

@@ -568,7 +568,8 @@ class GFlowGRTrainer(Trainer):
         if self.args.train_sampling_strategy == "group_by_length":
             # Of all processes together: they wait for each other, and their step is one process's.
             size = self._train_batch_size * self.args.world_size
-            return LikeLengths(dataset, size, self.args.seed)
+            args = self.args
+            return LikeLengths(dataset, size, args.seed if args.data_seed is None else args.data_seed)
         sampler: torch.utils.data.Sampler[int] | None = super()._get_train_sampler(train_dataset)
         return sampler
 

@@ -528,6 +528,14 @@ class TestLeaveOneOut:
         result = split(make_log([[0] * 50 + [1, 2, 3, 4, 5]]), max_future=5)
         assert result.train.future[0].tolist() == [1, 2, 3, -1, -1]
 
+    def test_a_user_who_takes_the_same_few_items_all_the_time(self) -> None:
+        # Rows that look ahead one by one would never find five, and read what is left of 60,000 each.
+        result = split(make_log([[0, 1, 2] * 20_000 + [3, 4]]), max_future=5)
+        future, target = result.train.future, result.train.target
+        assert future[:-2, :2].tolist() == torch.stack([(target + 1) % 3, (target + 2) % 3], 1)[:-2].tolist()
+        assert (future[:, 2:] == -1).all()
+        assert future[-2:].tolist() == [[2, -1, -1, -1, -1], [-1, -1, -1, -1, -1]]
+
     def test_users_with_too_few_interactions(self) -> None:
         log = make_log([[0, 1, 2, 3], [0, 1], [2, 3, 1], [1]])
         with pytest.raises(ValueError, match=r"needs 3 interactions .* 2 of 4 users .* user 3 has 1; k_core"):

@@ -220,6 +220,10 @@ def test_the_exit_status_is_the_verdict(tmp_path: Path, capsys: pytest.CaptureFi
     save_all(tmp_path, [a_cell("sft", 0, base, dataset="scientific-rqvae", device="NVIDIA H200")])
     status, text = run_table(capsys, "--results", str(tmp_path))
     assert status == 0 and "rqvae" not in text.rstrip("\n").rpartition("\n")[2]
+    # But it is judged where it is all that was asked for.
+    status, text = run_table(capsys, "--results", str(tmp_path), "--dataset", "scientific-rqvae")
+    assert status == 1
+    assert text.rstrip("\n").endswith("gflowgr does not lead sft in N@10 on scientific-rqvae (gflowgr not run).")
     assert re.search(r"^sft +1 .* H200$", text, re.M)
 
     save_all(
