@@ -317,10 +317,12 @@ class GenerativeRecommender(nn.Module):
         if items.dim() != 2 or items.shape[1] == 0:
             raise ValueError(f"{name} has shape {tuple(items.shape)}, needs (contexts, at least one item)")
         # Elsewhere than on the CPU a look at the values would wait for the device.
-        if items.device.type == "cpu" and items.numel() and int(items.max()) >= self.semantic_ids.num_items:
-            raise ValueError(
-                f"{name} has the item {int(items.max())}, needs items below {self.semantic_ids.num_items}"
-            )
+        if items.device.type == "cpu" and items.numel():
+            for item in (int(items.min()), int(items.max())):
+                if not -1 <= item < self.semantic_ids.num_items:
+                    raise ValueError(
+                        f"{name} has the item {item}, needs 0 .. {self.semantic_ids.num_items - 1}, or -1"
+                    )
         return items.long()
 
     def save_pretrained(

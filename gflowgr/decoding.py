@@ -17,6 +17,16 @@ from gflowgr.heads import head_logits, splits_off_its_head
 from gflowgr.static_cache import cross_attention_cache, rewind, static_cache
 
 ENCODER_DECODERS = ("t5", "mt5")
+# Their first position is not 0 but one after the padding token's number.
+_FROM_PADDING = (
+    "camembert",
+    "data2vec-text",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+)
 
 
 class Mark(NamedTuple):
@@ -230,7 +240,9 @@ def tree_writer(
     """Reads inputs with a model, which is then ready to write.
 
     Args:
-        model: a transformers model, plain or adapted by LoRA: T5, mT5 or a decoder of full attention.
+        model: a transformers model, plain or adapted by LoRA: T5, mT5, or a decoder of full attention that
+            `position_ids` tell where a token stands (Llama, Mistral, Qwen, Gemma, Phi, OLMo, GPT-2 and most
+            others; not BLOOM, MPT, RoBERTa or a state space model).
         inputs: what the model reads: a mapping with `input_ids` (B, S) and, if there is padding on any side,
             `attention_mask` (B, S); or `input_ids` alone, of which the model's padding token is then padding.
         token_ranges: for each depth, the smallest and the largest token that is written there, as a trie's.
@@ -270,9 +282,8 @@ def transformer_of(model: Any) -> PreTrainedModel:
     config = transformer.config
     if config.is_encoder_decoder and config.model_type not in ENCODER_DECODERS:
         raise ValueError(f"model is a {config.model_type}, needs one of {ENCODER_DECODERS} or a decoder")
-    other = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if other:
-        raise ValueError(f"model has layers of {sorted(other)[0]}, needs attention to all positions")
+    if not config.is_encoder_decoder:
+        _require_positions(transformer)
     attention = getattr(config, "_attn_implementation", None)
     if attention not in (None, "eager", "sdpa"):
         # Others take no mask of who sees whom, and paths side by side would see each other.
@@ -280,6 +291,29 @@ def transformer_of(model: Any) -> PreTrainedModel:
     if transformer.get_output_embeddings() is None:
         raise ValueError(f"model is a {type(transformer).__name__}, needs one with a language modelling head")
     return transformer
+
+
+def _require_positions(transformer: PreTrainedModel) -> None:
+    """Raises ValueError for a decoder to which `position_ids` and a mask do not say where a token stands.
+
+    Paths side by side share a cache, in which a token's place is not its position.
+    """
+    config = transformer.config
+    layers = {
+        *(getattr(config, "layer_types", None) or ()),
+        *(getattr(config, "attention_layers", None) or ()),
+    }
+    other = layers - {"full_attention", "sliding_attention", "global"}
+    if other:
+        raise ValueError(f"model has layers of {sorted(other)[0]}, needs attention to all positions")
+    if config.model_type in _FROM_PADDING:
+        raise ValueError(f"model is a {config.model_type}, which counts positions from its padding token on")
+    if getattr(config, "alibi", False):
+        raise ValueError(f"model is a {config.model_type} with alibi, which takes no position_ids")
+    taken = inspect.signature(type(transformer).forward).parameters
+    for name in ("position_ids", "past_key_values"):
+        if name not in taken:
+            raise ValueError(f"model is a {config.model_type}, needs a decoder whose forward takes {name}")
 
 
 def read_inputs(transformer: PreTrainedModel, inputs: Any) -> tuple[Tensor, Tensor]:
@@ -336,9 +370,13 @@ def _require_evaluation(transformer: PreTrainedModel) -> None:
 
 
 def _check_window(config: Any, needed: int) -> None:
-    for name in ("max_position_embeddings", "sliding_window"):
+    names = ["max_position_embeddings"]
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"]):
+        names.append("sliding_window")
+    for name in names:
+        # 0 and -1 are some families' way to say that there is none.
         window = getattr(config, name, None)
-        if window is not None and needed > window:
+        if window is not None and 0 < window < needed:
             raise ValueError(f"inputs and an item need {needed} positions, the model's {name} is {window}")
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gflowgr.item_sets import WORD, Request, SetBits, find_hidden, ids_of_sets, request, set_bits
-from gflowgr.ops._checks import CatalogueTrie, same_device, trie_for
+from gflowgr.ops._checks import CatalogueTrie, is_on, same_device, trie_for
 from gflowgr.trie_arrays import ARRAYS, addresses
 
 try:
@@ -71,7 +71,7 @@ class ItemSets:
     @torch.inference_mode(False)
     def to(self, device: torch.device | str) -> ItemSets:
         """The same sets on another device; themselves when they are there already."""
-        if torch.device(device) == self.device:
+        if is_on(self.device, device):
             return self
         moved = object.__new__(ItemSets)
         moved.__dict__.update(self.__dict__)
@@ -188,8 +188,9 @@ class ItemFilter:
 
         What is no item, such as -1, is hidden too. Reads nothing back to the host.
         """
-        if items.is_floating_point() or items.dtype == torch.bool:
-            raise TypeError(f"items has dtype {items.dtype}, needs integers")
+        if not isinstance(items, Tensor) or items.is_floating_point() or items.dtype == torch.bool:
+            kind = f"has dtype {items.dtype}" if isinstance(items, Tensor) else f"is a {type(items).__name__}"
+            raise TypeError(f"items {kind}, needs integers")
         if items.dim() != 2 or items.shape[0] != self.num_rows:
             raise ValueError(f"items has shape {tuple(items.shape)}, needs ({self.num_rows}, K)")
         items = items.to(self.device, torch.int64)
@@ -232,7 +233,7 @@ class ItemFilter:
     @torch.inference_mode(False)
     def to(self, device: torch.device | str) -> ItemFilter:
         """The same filter on another device; itself when it is there already."""
-        if torch.device(device) == self.device:
+        if is_on(self.device, device):
             return self
         moved = self._like()
         for name, value in vars(self).items():

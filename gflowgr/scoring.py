@@ -76,6 +76,8 @@ def target_log_probs(
     history, target = model.checked("history", history), model.checked("target", target.unsqueeze(-1))
     if target.shape[0] != history.shape[0]:
         raise ValueError(f"target has {target.shape[0]} rows, needs {history.shape[0]} like history")
+    if target.device.type == "cpu" and bool((target < 0).any()):
+        raise ValueError(f"target has the item {int(target.min())}, needs items of the catalogue, 0 or above")
     contexts = Contexts(model, history, None)
     scores = torch.empty(len(contexts), dtype=contexts.dtype, device=history.device)
     shares = log_shares(model.trie)[0]
@@ -85,7 +87,9 @@ def target_log_probs(
             items = target[rows].to(model.device)
             policy = model(history[rows].to(model.device), items)
             log_probs = ops.trie_token_log_probs(policy.logits, model.tokens(items), model.trie)
-            scores[rows] = (log_probs.sum((1, 2)) + shares[items[:, 0]]).to(scores)
+            # No item has no probability; what lies on a device is not looked at before.
+            of_items = log_probs.sum((1, 2)) + shares[items[:, 0].clamp(min=0)]
+            scores[rows] = of_items.masked_fill(items[:, 0] < 0, torch.nan).to(scores)
     return scores
 
 

@@ -23,6 +23,7 @@ from gflowgr.filters import ItemFilter
 from gflowgr.trie import PrefixTrie
 
 TRIE_VARIABLE, EOS_VARIABLE = "GFLOWGR_TRIE", "GFLOWGR_EOS"
+_PARAMETERS = ("gflowgr_exclude", "gflowgr_allow")
 
 
 class Wish(NamedTuple):
@@ -51,6 +52,7 @@ class CatalogueConstraint:
         self.trie, self.eos = trie, eos
         self._on = {trie.device: trie}
         self._filtered: tuple[object, ItemFilter | None] = (None, None)
+        self._wishes: dict[tuple[int, ...], tuple[object, Wish]] = {}
 
     def wish(self, parameters: Mapping[str, Any]) -> Wish:
         """What a request's parameters `gflowgr_exclude` and `gflowgr_allow` (lists of items) ask for.
@@ -59,7 +61,7 @@ class CatalogueConstraint:
             ValueError: one of them is no list of items of the catalogue.
         """
         lists = []
-        for name in ("gflowgr_exclude", "gflowgr_allow"):
+        for name in _PARAMETERS:
             items = parameters.get(name)
             if items is not None:
                 is_list = isinstance(items, (list, tuple))
@@ -72,6 +74,18 @@ class CatalogueConstraint:
                 items = tuple(items)
             lists.append(items)
         return Wish(lists[0] or (), lists[1])
+
+    def wishes(self, rows: Sequence[Mapping[str, Any]]) -> list[Wish]:
+        """The same of each request of a batch; lists that came in the batch before are not read again."""
+        before, now, found = self._wishes, {}, []
+        for row in rows:
+            lists = tuple(map(row.get, _PARAMETERS))
+            # As long as they are kept, no others have their ids.
+            key = tuple(map(id, lists))
+            now[key] = before.get(key) or (lists, self.wish(row))
+            found.append(now[key][1])
+        self._wishes = now
+        return found
 
     def log_probs(
         self, logits: Tensor, written: Sequence[Sequence[int]], wishes: Sequence[Wish] | None = None
@@ -119,7 +133,9 @@ class CatalogueConstraint:
             raise ValueError(f"logits has shape {tuple(logits.shape)}, needs ({len(paths)}, V)")
         if self.eos >= logits.shape[1]:
             raise ValueError(f"eos is {self.eos}, needs a token below {logits.shape[1]}, the vocabulary")
-        trie = self._on.setdefault(logits.device, self.trie.to(logits.device))
+        if logits.device not in self._on:
+            self._on[logits.device] = self.trie.to(logits.device)
+        trie = self._on[logits.device]
         # The root in front, so that a row that has written nothing has a last node, too.
         nodes = F.pad(trie.walk(paths), (1, 0)).gather(1, lengths.unsqueeze(1)).squeeze(1)
         item_filter = None if wishes is None else self._filter(tuple(wishes), trie)
@@ -196,7 +212,7 @@ class SGLangTrieProcessor:
             )
         constraint = configured()
         written = [row["__req__"].output_ids for row in rows if row]
-        wishes = [constraint.wish(row) for row in rows if row]
+        wishes = constraint.wishes([row for row in rows if row])
         return logits.copy_(constraint.log_probs(logits, written, wishes))
 
     @classmethod

@@ -117,7 +117,7 @@ class TrieLogitsProcessorV2(_base("vllm.v1.worker.gpu.sample.logits_processor.in
                 f"logits has {len(logits)} rows for {len(slots_of_rows)} requests, needs one each; "
                 "speculative decoding is not supported"
             )
-        rows = torch.tensor(asking, device=logits.device)
+        rows = torch.tensor(asking).to(logits.device, non_blocking=True)
         slots = ctx.expanded_idx_mapping[rows].long()
         written, prompts = self._states.all_token_ids.gpu, self._states.prompt_len.gpu[slots].long()
         # A prompt that is read in parts has rows before its end, whose draws are dropped.

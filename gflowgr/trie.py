@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gflowgr import ops, trie_arrays, trie_file
+from gflowgr.ops._checks import is_on
 from gflowgr.trie_arrays import ARRAYS, Arrays, Levels, as_rows
 
 
@@ -296,7 +297,7 @@ class PrefixTrie:
     @torch.inference_mode(False)
     def to(self, device: torch.device | str) -> PrefixTrie:
         """The same trie on another device; itself when it is there already."""
-        if torch.device(device) == self.device:
+        if is_on(self.device, device):
             return self
         moved = object.__new__(PrefixTrie)
         moved.__dict__.update(self.__dict__)

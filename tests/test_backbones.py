@@ -512,7 +512,7 @@ def test_bad_arguments_name_themselves() -> None:
         ((history[0], trajectories), ValueError, "history has shape"),
         ((history[:, :0], trajectories), ValueError, "history has shape"),
         ((history, trajectories[:3]), ValueError, "trajectories has 3 rows"),
-        ((history, trajectories + NUM_ITEMS), ValueError, f"items below {NUM_ITEMS}"),
+        ((history, trajectories + NUM_ITEMS), ValueError, rf"needs 0 \.\. {NUM_ITEMS - 1}, or -1"),
     ):
         with pytest.raises(error, match=why):
             model(*arguments)

@@ -64,6 +64,35 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neox": DECODER,
     # Not among the families whose heads are known: asked for its logits itself.
     "starcoder2": DECODER,
+    "opt": {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+    | {"ffn_dim": 24, "max_position_embeddings": 64, "word_embed_proj_dim": 16, "pad_token_id": 0},
+    "phi": DECODER | {"num_key_value_heads": 4},
+    "falcon": {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4},
+}
+# Decoders that would take a token's place in the cache for its position, or look back at so many places alone.
+OTHERS: dict[str, tuple[dict[str, Any], str]] = {
+    "falcon": (FAMILIES["falcon"] | {"alibi": True}, "falcon with alibi"),
+    "bloom": ({"vocab_size": VOCABULARY, "hidden_size": 16, "n_layer": 1, "n_head": 4}, "takes position_ids"),
+    "mpt": ({"vocab_size": VOCABULARY, "d_model": 16, "n_layers": 1, "n_heads": 4}, "takes position_ids"),
+    "bart": (
+        {"vocab_size": VOCABULARY, "d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 4}
+        | {"is_decoder": True, "is_encoder_decoder": False},
+        "takes position_ids",
+    ),
+    "openai-gpt": (
+        {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 1, "n_head": 4},
+        "takes past_key_values",
+    ),
+    "roberta": (
+        {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4}
+        | {"intermediate_size": 24, "is_decoder": True},
+        "counts positions from its padding token on",
+    ),
+    "gpt_neo": (
+        {"vocab_size": VOCABULARY, "hidden_size": 16, "num_layers": 2, "num_heads": 4}
+        | {"attention_types": [[["global", "local"], 1]]},
+        "layers of local",
+    ),
 }
 
 
@@ -287,6 +316,16 @@ def test_a_head_is_multiplied_by_the_tokens_of_the_depth_alone(monkeypatch: pyte
     assert VOCABULARY not in widths and {7, 12} <= set(widths)
 
 
+@pytest.mark.parametrize("family", OTHERS)
+def test_decoders_whose_positions_are_not_position_ids_are_refused(family: str) -> None:
+    options, why = OTHERS[family]
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(family, **options)
+    )
+    with pytest.raises(ValueError, match=why):
+        tree_writer(model.eval(), torch.tensor([[3, 4, 5]]), RANGES)
+
+
 def test_what_cannot_write_is_refused() -> None:
     llama, inputs = build("llama"), padded(rows())
     with pytest.raises(TypeError, match="model is a Linear"):
@@ -307,6 +346,10 @@ def test_what_cannot_write_is_refused() -> None:
     windowed = build("mistral")
     windowed.config.sliding_window = 9
     with pytest.raises(ValueError, match="sliding_window is 9"):
+        tree_writer(windowed, inputs, RANGES)
+    # No layer slides, or not over anything.
+    for window, layer_types in ((9, ["full_attention"] * 2), (0, None), (-1, None)):
+        windowed.config.sliding_window, windowed.config.layer_types = window, layer_types
         tree_writer(windowed, inputs, RANGES)
     bart = transformers.BartForConditionalGeneration(
         transformers.BartConfig(

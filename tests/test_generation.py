@@ -428,12 +428,17 @@ def test_bad_arguments_name_themselves() -> None:
     for function in (generate, score_all, lambda m, h: sample(m, h, 2)):
         with pytest.raises(TypeError, match=r"history is torch\.float64"):
             function(model, history.double())
-        with pytest.raises(ValueError, match="items below 10"):
+        with pytest.raises(ValueError, match=r"needs 0 \.\. 9, or -1"):
             function(model, history + 10)
+        with pytest.raises(ValueError, match="the item -100, needs 0"):
+            function(model, torch.full_like(history, -100))
         with pytest.raises(ValueError, match="history has shape"):
             function(model, history[0])
     with pytest.raises(ValueError, match="target has 2"):
         target_log_probs(model, history, torch.zeros(2, dtype=torch.long))
+    # Padding among the targets would otherwise count as certain.
+    with pytest.raises(ValueError, match="target has the item -1, needs items of the catalogue"):
+        target_log_probs(model, history, torch.full((len(history),), -1))
 
 
 def remapped(semantic_ids: SemanticIds, kept: list[int]) -> SemanticIds:

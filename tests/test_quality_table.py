@@ -223,7 +223,9 @@ def test_the_exit_status_is_the_verdict(tmp_path: Path, capsys: pytest.CaptureFi
     # But it is judged where it is all that was asked for.
     status, text = run_table(capsys, "--results", str(tmp_path), "--dataset", "scientific-rqvae")
     assert status == 1
-    assert text.rstrip("\n").endswith("gflowgr does not lead sft in N@10 on scientific-rqvae (gflowgr not run).")
+    assert text.rstrip("\n").endswith(
+        "gflowgr does not lead sft in N@10 on scientific-rqvae (gflowgr not run)."
+    )
     assert re.search(r"^sft +1 .* H200$", text, re.M)
 
     save_all(

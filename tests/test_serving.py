@@ -272,6 +272,22 @@ def test_sglang_batches() -> None:
         assert requests[n].output_ids == decode_plainly(n, left_by(wishes[n]))
 
 
+def test_a_step_reads_no_lists_again_and_copies_no_trie(monkeypatch: pytest.MonkeyPatch) -> None:
+    constraint = configured()
+    row: dict[str, Any] = {"gflowgr_exclude": [0, 6, 3]}
+    first = constraint.wishes([row, {}])
+    again = constraint.wishes([{}, row])
+    assert first == again[::-1] == [constraint.wish(row), Wish()]
+    assert again[1] is first[0]
+    assert constraint.wishes([{"gflowgr_exclude": [5]}]) == [Wish((5,))]
+
+    def moved(trie: PrefixTrie, device: object) -> PrefixTrie:
+        raise AssertionError(f"the trie was asked to go to {device}")
+
+    monkeypatch.setattr(PrefixTrie, "to", moved)
+    constraint.log_probs(torch.zeros(1, VOCABULARY), [[]], first[:1])
+
+
 def test_every_item_can_be_written_and_nothing_else() -> None:
     constraint = configured()
     written: list[list[int]] = [[]]

@@ -185,6 +185,8 @@ def test_moves_between_devices(device: torch.device) -> None:
     fingerprint, parent = trie.fingerprint, trie.parent
     assert trie.to("cpu") is trie
     assert trie.to(torch.device("cpu")) is trie
+    # A device without its number is one with it, as "cuda" is.
+    assert trie.to("cpu:0") is trie
     there = trie.to(device)
     assert_same(there, trie)
     assert there.device == device

@@ -114,6 +114,11 @@ def same_device(name: str, value: Any, device: torch.device) -> None:
         raise ValueError(f"{name} is on {value.device}, needs {device} like the other arguments")
 
 
+def is_on(here: torch.device, device: torch.device | str) -> bool:
+    """Whether `device` names the device of tensors that say they are `here`: "cuda" is one with a number."""
+    return here == torch.device(device) or here == torch.empty(0, device=device).device
+
+
 def same_dtype(name: str, value: Tensor, dtype: torch.dtype) -> None:
     if value.dtype != dtype:
         raise TypeError(f"{name} has dtype {value.dtype}, needs {dtype} like the other arguments")
@@ -191,7 +196,8 @@ def reduction_name(reduction: str) -> str:
 
 
 def start_nodes(start: int | Tensor, tokens: Tensor) -> Tensor:
-    if isinstance(start, int):
+    if hasattr(start, "__index__") and not isinstance(start, Tensor):
+        start = operator.index(start)
         nodes = tokens.new_zeros(tokens.shape[:-1])
         return nodes.fill_(start) if start else nodes
     start = integers("start", start, tokens.shape[:-1])

@@ -181,8 +181,14 @@ def somebody_listens(args: tuple[Any, ...]) -> bool:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Memory as it seems: no subclass, no pending negation, no tensor that stands for zeros."""
-    return type(tensor) in _PLAIN and not tensor.is_neg() and not tensor._is_zerotensor()
+    """Memory as it seems: no subclass, no pending negation, none that stands for zeros or for several."""
+    return (
+        type(tensor) in _PLAIN
+        and not tensor.is_neg()
+        and not tensor._is_zerotensor()
+        # A gradient under `torch.autograd.grad(is_grads_batched=True)`, which is no transform to see above.
+        and not torch._C._functorch.is_legacy_batchedtensor(tensor)
+    )
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)

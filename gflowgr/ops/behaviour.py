@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -98,8 +99,9 @@ def proposal_log_probs(log_probs: Tensor, behaviour: Behaviour, item_count: Tens
             raise ValueError("item_count is None, needs the items under each child for epsilon_over='items'")
         weight = item_count.double().log()
     uniform = _normalised(weight.masked_fill(policy == -torch.inf, -torch.inf))
-    epsilon = torch.tensor(behaviour.epsilon, dtype=torch.float64, device=policy.device)
-    return torch.logaddexp(torch.log1p(-epsilon) + proposal, epsilon.log() + uniform)
+    # Numbers of the host's: a tensor of them would have to be copied, which a device waits for.
+    rest = -math.inf if behaviour.epsilon == 1 else math.log1p(-behaviour.epsilon)
+    return torch.logaddexp(rest + proposal, math.log(behaviour.epsilon) + uniform)
 
 
 def draw_children(proposal: Tensor, uniform: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 from torch import Tensor
@@ -45,7 +46,7 @@ def log_partition_variance(
     if log_probs.dim() != 2:
         raise ValueError(f"log_probs has shape {tuple(log_probs.shape)}, needs (B, T)")
     like = log_probs.detach().sum(-1)
-    _whole_groups(group_size, like.shape[0], "log_probs")
+    group_size = _whole_groups(group_size, like.shape[0], "log_probs")
     log_rewards = _checks.per_trajectory("log_rewards", log_rewards, like)
     weights = None if weights is None else _checks.per_trajectory("weights", weights, like)
     loss = _variance(log_probs, log_rewards, group_size, mask)
@@ -90,7 +91,7 @@ def trie_log_partition_variance(
     _checks.same_device("tokens", tokens, logits.device)
     _checks.trie_for(trie, logits.device, logits.shape[-1])
     _checks.reduction_name(reduction)
-    _whole_groups(group_size, logits.shape[0], "logits")
+    group_size = _whole_groups(group_size, logits.shape[0], "logits")
     like = logits.new_empty((), dtype=reference.accumulation_dtype(logits.dtype)).expand(logits.shape[0])
     log_rewards = _checks.per_trajectory("log_rewards", log_rewards, like)
     weights = None if weights is None else _checks.per_trajectory("weights", weights, like).detach()
@@ -105,9 +106,10 @@ def trie_log_partition_variance(
     return reference.reduce(loss, weights, reduction)
 
 
-def _whole_groups(group_size: int, rows: int, name: str) -> None:
-    if not isinstance(group_size, int) or group_size < 1 or rows % group_size:
+def _whole_groups(group_size: int, rows: int, name: str) -> int:
+    if not hasattr(group_size, "__index__") or group_size < 1 or rows % group_size:
         raise ValueError(f"group_size is {group_size}, needs a divisor of the {rows} rows of {name}")
+    return operator.index(group_size)
 
 
 def _forward(

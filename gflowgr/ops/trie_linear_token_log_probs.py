@@ -75,8 +75,7 @@ def trie_linear_token_log_probs(
     tokens = _checks.integers("tokens", tokens, hidden.shape[:-1])
     for name, value in (("tokens", tokens), ("weight", weight), ("bias", weight if bias is None else bias)):
         _checks.same_device(name, value, hidden.device)
-    if not isinstance(first_token, int):
-        raise TypeError(f"first_token is a {type(first_token).__name__}, needs an int")
+    first_token = _checks.at_least("first_token", first_token, 0)
     _checks.trie_for(trie, hidden.device, first_token + weight.shape[0])
     if trie.token_ranges and min(low for low, _ in trie.token_ranges) < first_token:
         raise ValueError(
