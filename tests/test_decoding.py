@@ -69,7 +69,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi": DECODER | {"num_key_value_heads": 4},
     "falcon": {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4},
 }
-# Decoders that would take a token's place in the cache for its position, or look back at so many places alone.
+# Decoders that would take a token's place in the cache for its position, or look back only so far.
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "falcon": (FAMILIES["falcon"] | {"alibi": True}, "falcon with alibi"),
     "bloom": ({"vocab_size": VOCABULARY, "hidden_size": 16, "n_layer": 1, "n_head": 4}, "takes position_ids"),
