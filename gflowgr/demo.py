@@ -49,7 +49,8 @@ if TYPE_CHECKING:
     import pandas
 
 LIST_LENGTH = 10
-RESULTS = "results.json"
+# In a folder that a demo wrote, from its beginning on.
+MARK = ".gflowgr-demo"
 
 
 @dataclass(frozen=True)
@@ -112,9 +113,10 @@ def run(output: Path, *, short: bool = False, seed: int = 0, overwrite: bool = F
         ValueError: `output` is in the way.
     """
     # Only a demo's own folder is written anew: others may have a "data" of theirs in it.
-    require_free(output, overwrite, RESULTS)
+    require_free(output, overwrite, MARK)
     output.mkdir(parents=True, exist_ok=True)
-    written = "data", "runs", "sasrec.safetensors", "mixture.safetensors", "report.html", RESULTS
+    write_text(output / MARK, "Made by gflowgr demo, which may write all of it anew.\n")
+    written = "data", "runs", "sasrec.safetensors", "mixture.safetensors", "report.html", "results.json"
     for name in written:
         remove(output / name)
     transformers.logging.set_verbosity_error()
@@ -156,7 +158,7 @@ class _Demo:
         with self._stage("Reward mass, examples and the report"):
             page = self._findings(ours).build()
             report.write(page, self.output / "report.html")
-            write_text(self.output / RESULTS, page.to_json())
+            write_text(self.output / "results.json", page.to_json())
         self._close(page)
         return page
 

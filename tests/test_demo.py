@@ -33,6 +33,7 @@ def results(output: Path) -> dict[str, Any]:
 @pytest.mark.slow
 def test_the_short_demo_writes_everything_whole(output: Path) -> None:
     assert {path.name for path in output.iterdir()} == {
+        demo.MARK,
         "data",
         "mixture.safetensors",
         "report.html",
@@ -131,3 +132,11 @@ def test_the_demo_refuses_a_folder_that_is_in_use(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="exists already"):
         demo.run(tmp_path)
     assert (tmp_path / "mine.txt").read_text() == "keep me"
+
+
+def test_the_demo_writes_only_its_own_folder_anew(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "raw.csv").write_text("mine")
+    with pytest.raises(ValueError, match=r"with no \.gflowgr-demo in it, which is not overwritten"):
+        demo.run(tmp_path, short=True, overwrite=True)
+    assert (tmp_path / "data" / "raw.csv").read_text() == "mine"
