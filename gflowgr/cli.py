@@ -134,7 +134,11 @@ def _add_prepare(commands: Any) -> None:
         metavar="COLUMN",
         help="column of times: numbers or dates (%(default)s)",
     )
-    parser.add_argument("--rating", metavar="COLUMN", help="column that says what an interaction was worth")
+    parser.add_argument(
+        "--rating",
+        metavar="COLUMN",
+        help="column that says what an interaction was worth, for rewards that ask; 0 is nothing",
+    )
     parser.add_argument(
         "--behaviour",
         metavar="COLUMN",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import difflib
 import os
@@ -21,7 +22,12 @@ if TYPE_CHECKING:
     import pandas
 
 _COMPRESSIONS = (".gz", ".bz2", ".xz", ".zip", ".zst")
-_SEPARATORS = {".csv": ",", ".tsv": "\t"}
+# How pandas reads a table whose name ends so. A .tsv has no quotes: a title that begins with one would take in
+# all rows up to the next that does.
+DIALECTS: dict[str, dict[str, Any]] = {
+    ".csv": {"sep": ","},
+    ".tsv": {"sep": "\t", "quoting": csv.QUOTE_NONE},
+}
 # Later items of the same user that a context knows unless told otherwise.
 MAX_FUTURE = 5
 
@@ -652,9 +658,9 @@ def _read_file(path: Path, columns: _Columns) -> pandas.DataFrame:
     suffix = suffixes[-1] if suffixes else ""
     if suffix == ".parquet":
         return _read_parquet(path, columns)
-    if suffix not in _SEPARATORS:
+    if suffix not in DIALECTS:
         raise ValueError(f"{path}: an interaction log needs to end in .csv, .tsv or .parquet")
-    return _read_text(path, _SEPARATORS[suffix], columns)
+    return _read_text(path, DIALECTS[suffix], columns)
 
 
 def _read_parquet(path: Path, columns: _Columns) -> pandas.DataFrame:
@@ -669,12 +675,14 @@ def _read_parquet(path: Path, columns: _Columns) -> pandas.DataFrame:
         raise ValueError(f"{path}: not a readable parquet file: {error}") from error
 
 
-def _read_text(path: Path, separator: str, columns: _Columns) -> pandas.DataFrame:
+def _read_text(path: Path, dialect: Mapping[str, Any], columns: _Columns) -> pandas.DataFrame:
     pandas = _import_pandas()
     # All is read as text, so that an error can show what stands in the file and no id loses a leading zero.
-    options = {"sep": separator, "dtype": str, "keep_default_na": False}
+    options = {**dialect, "dtype": str, "keep_default_na": False}
     try:
-        columns.check(str(path), list(pandas.read_csv(path, nrows=0, **options).columns))
+        # As a row, since pandas gives a column that is there twice another name.
+        header = pandas.read_csv(path, header=None, nrows=1, **options)
+        columns.check(str(path), header.iloc[0].tolist())
         with warnings.catch_warnings():
             # With index_col=False pandas only warns of rows longer than the header, and cuts them off.
             warnings.simplefilter("error", pandas.errors.ParserWarning)

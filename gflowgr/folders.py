@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gflowgr.data import InteractionLog
+from gflowgr.data import DIALECTS, InteractionLog
 from gflowgr.semantic_ids import SemanticIds
 
 if TYPE_CHECKING:
@@ -175,15 +175,14 @@ def _read_file(path: Path) -> pandas.DataFrame:
 
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such table")
-    separators = {".csv": ",", ".tsv": "\t"}
     try:
         if path.suffix == ".parquet":
             return pandas.read_parquet(path)
-        if path.suffix in separators:
+        if path.suffix in DIALECTS:
             # "NA" and "null" are names like others; what is missing is empty.
             return pandas.read_csv(
                 path,
-                sep=separators[path.suffix],
+                **DIALECTS[path.suffix],
                 dtype=str,
                 encoding="utf-8-sig",
                 keep_default_na=False,

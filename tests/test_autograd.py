@@ -490,6 +490,20 @@ def test_a_path_that_leaves_the_trie_keeps_the_gradients_before(backend: str) ->
 
 
 @pytest.mark.parametrize("backend", backends("trie_log_softmax"))
+def test_several_gradients_at_once(backend: str) -> None:
+    """As `is_grads_batched` takes them: the gradient that comes in stands for all of them."""
+    trie = PrefixTrie(ROWS).to(device_of(backend))
+    tokens = torch.tensor([[1, 2, 5], [7, 3, -1]], device=trie.device)
+    logits = torch.randn(2, 3, 10, dtype=torch.float64, device=trie.device)
+
+    def of_paths(logits: Tensor) -> Tensor:
+        return ops.trie_token_log_probs(logits, tokens, trie, backend=backend).sum(1)
+
+    jacobian = torch.autograd.functional.jacobian
+    assert_close(jacobian(of_paths, logits, vectorize=True), jacobian(of_paths, logits))
+
+
+@pytest.mark.parametrize("backend", backends("trie_token_log_probs"))
 def test_gradients_sum_to_zero_over_the_children(backend: str) -> None:
     """A shift of all logits changes no log-prob."""
     device = device_of(backend)

@@ -192,6 +192,17 @@ class TestReadLog:
         with pytest.raises(ValueError, match="2 columns are called 'item_id'"):
             read_log(frame)
 
+    def test_a_column_that_is_twice_in_a_file(self, tmp_path: Path) -> None:
+        path = tmp_path / "log.csv"
+        path.write_text("user_id,item_id,timestamp,user_id\n1,5,1,7\n2,6,2,7\n")
+        with pytest.raises(ValueError, match="2 columns are called 'user_id', needs one"):
+            read_log(path)
+
+    def test_a_quote_in_a_tsv_is_a_letter(self, tmp_path: Path) -> None:
+        path = tmp_path / "log.tsv"
+        path.write_text('user_id\titem_id\ttimestamp\n1\t"a\t1\n2\tb\t2\n3\tc"\t3\n')
+        assert read_log(path).item_ids.tolist() == ['"a', "b", 'c"']
+
     @pytest.mark.parametrize(
         ("name", "content", "words"),
         [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ pytest.importorskip("transformers")
 
 import training_fixtures as fixtures
 
+from gflowgr import cli
 from gflowgr.backbones import build_t5
 
 README = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
@@ -75,3 +77,28 @@ def _whole_sequence(data, user: int) -> list[int]:
     offsets = data.sequences.offsets
     training = data.sequences.items[offsets[user] : offsets[user + 1]].tolist()
     return [*training, int(data.validation.target[user]), int(data.test.target[user])]
+
+
+def test_from_a_log_to_a_recommender_by_commands(tmp_path, monkeypatch, capsys) -> None:
+    data, _ = fixtures.world()
+    rows = [
+        f"{user},{item},{position}"
+        for user in range(len(data.sequences.offsets) - 1)
+        for position, item in enumerate(_whole_sequence(data, user))
+    ]
+    (tmp_path / "ratings.csv").write_text("\n".join(["user_id,item_id,timestamp", *rows]) + "\n")
+    titles = [
+        "Toy Story (1995)",
+        *(f"Film {item} of {1900 + item % 7}" for item in range(1, fixtures.NUM_ITEMS)),
+    ]
+    items = [f"{item},{title}" for item, title in enumerate(titles)]
+    (tmp_path / "items.csv").write_text("\n".join(["item_id,title", *items]) + "\n")
+    monkeypatch.chdir(tmp_path)
+    commands = re.findall(r"```bash\n(gflowgr prepare.*?)```", README, re.DOTALL)[0].splitlines()
+    assert [line.split()[1] for line in commands] == ["prepare", "tokenize", "train", "recommend", "evaluate"]
+    for line in commands:
+        arguments = shlex.split(line, comments=True)[1:]
+        if arguments[0] == "train":
+            arguments += ["training.max_steps=2", "training.use_cpu=true", "collaborative.sasrec.epochs=1"]
+        assert cli.main(arguments) == 0, line
+    assert "Film" in capsys.readouterr().out

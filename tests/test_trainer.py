@@ -58,6 +58,17 @@ def test_whole_histories_train_too(tmp_path, objective) -> None:
     assert sum(curve[-5:]) < 0.9 * sum(curve[:5])
 
 
+def test_data_seed_and_nothing_else_orders_the_rows(tmp_path) -> None:
+    def order(**settings: object) -> list[int]:
+        run = fixtures.trainer(
+            tmp_path, histories=True, train_sampling_strategy="group_by_length", **settings
+        )
+        return list(run._get_train_sampler())
+
+    assert order(seed=1, data_seed=5) == order(seed=2, data_seed=5) == order(seed=5)
+    assert order(seed=1, data_seed=5) != order(seed=1, data_seed=6)
+
+
 def test_a_whole_history_costs_what_its_windows_cost(tmp_path) -> None:
     """The same contexts, once in one pass and once a window each, have the same losses."""
     data, _ = fixtures.world()
