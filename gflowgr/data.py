@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     import pandas
 
 _COMPRESSIONS = (".gz", ".bz2", ".xz", ".zip", ".zst")
-# How pandas reads a table whose name ends so. A .tsv has no quotes: a title that begins with one would take in
-# all rows up to the next that does.
+# How pandas reads a table whose name ends so. A .tsv has no quotes, where a title that begins with one would
+# take in all rows up to the next that does.
 DIALECTS: dict[str, dict[str, Any]] = {
     ".csv": {"sep": ","},
     ".tsv": {"sep": "\t", "quoting": csv.QUOTE_NONE},
