@@ -169,6 +169,11 @@ class Plan:
         options = dict(self.collaborative)
         if "path" in options:
             model = collaborative.load(options["path"])
+            if model.num_items != parts.num_items:
+                raise ValueError(
+                    f"collaborative.path is a recommender of {model.num_items} items, needs the catalogue's "
+                    f"{parts.num_items}"
+                )
             if self.teacher_weight != 0:
                 check_distribution("collaborative.path", model)
             return model

@@ -305,6 +305,8 @@ def _add_train(commands: Any) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
+    from accelerate import PartialState
+
     from gflowgr import pipeline, recipes
     from gflowgr.settings import override, read_yaml
 
@@ -320,6 +322,8 @@ def _train(arguments: argparse.Namespace) -> None:
     run = pipeline.train(
         data, arguments.output, settings, resume=arguments.resume, overwrite=arguments.overwrite
     )
+    if not PartialState().is_main_process:
+        return
     print(f"{run.path}: trained in {run.seconds:.0f} s; test part:")
     _print_metrics(run.test)
     if run.by_teacher_weight is not None:

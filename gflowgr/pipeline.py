@@ -343,9 +343,13 @@ def train(
 ) -> TrainedRun:
     """Trains a recommender on a data folder and writes a run's folder.
 
-    The run grows in `<output>.partial` and gets its name once it is whole. After a kill `resume` goes on from
-    the last checkpoint in there, or anew with the teacher in there; settings and data other than those it
-    began with are refused.
+    The run grows in `<output>.partial` and gets its name once it is whole. After a kill or an error `resume`
+    goes on from the last checkpoint in there; settings and data other than those it began with are refused.
+    Before the first checkpoint it begins anew with the teacher in there, and only what the teacher was fitted
+    with has to be the same. An error before there is a teacher or a checkpoint leaves nothing.
+
+    Under `torchrun` or `accelerate launch` the first process fits the teacher and writes the folder, which
+    all have to see; the others wait for it, for as long as `training.ddp_timeout` says.
 
     Args:
         data: a folder that `prepare` and `tokenize` made.
@@ -370,9 +374,7 @@ def train(
     _check_settings(settings)
     folder = DataFolder.load(data, tokenized=True)
     partial = output.with_name(f"{output.name}.partial")
-    if overwrite and not resume:
-        remove(partial)
-    fitted = fit(folder, settings, partial, resume=resume, callbacks=callbacks)
+    fitted = fit(folder, settings, partial, resume=resume, overwrite=overwrite, callbacks=callbacks)
     weight, chosen_by = fitted.teacher_weight, None
     if weight is None:
         weight, chosen_by, validation = _weighed(fitted)
@@ -395,6 +397,7 @@ def train(
         if sampler is not None and sampler.mixture is not None:
             _write_schedule(partial, sampler.mixture)
         _finish(partial, run, folder.items, fitted.parts)
+    fitted.trainer.accelerator.wait_for_everyone()
     return run
 
 
@@ -440,6 +443,7 @@ def fit(
     partial: Path,
     *,
     resume: bool = False,
+    overwrite: bool = False,
     callbacks: Sequence[Any] = (),
 ) -> Fitted:
     """Trains a recommender; `partial` holds its checkpoints. Arguments and errors as `train`'s.
@@ -450,7 +454,7 @@ def fit(
 
     from gflowgr import collaborative
     from gflowgr.assembly import Plan
-    from gflowgr.trainer import GFlowGRTrainer
+    from gflowgr.trainer import GFlowGRTrainer, check_parts, check_rollout_room
 
     plan = Plan.of(settings)
     assert folder.semantic_ids is not None
@@ -459,14 +463,23 @@ def fit(
     transformers.set_seed(config.seed)
     recommender = plan.build_model(folder.semantic_ids, config.seed)
     reward, sampler = plan.build_reward(folder.semantic_ids), plan.build_sampler(parts, config)
-    checkpoint = _open_partial(partial, settings, folder.digest(), resume)
+    rows = plan.training_rows(parts, recommender, config)
+    # What cannot be should not show only once there is a teacher, which may take longer than all the rest.
+    check_parts(recommender, config, rows, reward, sampler)
+    check_rollout_room(config, rows, parts.num_items)
+    leads, digest = config.process_index == 0, folder.digest()
+    with config.main_process_first(local=False):
+        if overwrite and leads and not resume:
+            remove(partial)
+        # What the first process has begun the others go on with.
+        checkpoint = _open_partial(partial, settings, digest, resume or not leads)
     try:
         began = time.perf_counter()
-        scorer = _fit_collaborative(plan, parts, config, partial / COLLABORATIVE)
+        with config.main_process_first(local=False):
+            scorer = _fit_collaborative(plan, parts, config, partial / COLLABORATIVE)
         collaborative_seconds = time.perf_counter() - began
         if isinstance(scorer, collaborative.TRAINED):
             scorer.to(config.device)
-        rows = plan.training_rows(parts, recommender, config)
         trainer = GFlowGRTrainer(
             recommender,
             config,
@@ -484,8 +497,8 @@ def fit(
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         seconds = time.perf_counter() - began
     except Exception:
-        # Without a checkpoint there is nothing to go on from, so that nothing should be left behind.
-        if not _checkpoints(partial):
+        # Where there is nothing to go on from, nothing should be left behind.
+        if leads and not _checkpoints(partial) and not (partial / COLLABORATIVE).is_file():
             remove(partial)
         raise
     return Fitted(trainer, parts, scorer, plan.teacher_weight, seconds, collaborative_seconds)
@@ -504,19 +517,32 @@ def _open_partial(partial: Path, settings: Mapping[str, Any], digest: str, resum
         return None
     if not (partial / SETTINGS).is_file():
         raise FileNotFoundError(f"{partial} holds no run to resume")
-    before = read_yaml(partial / SETTINGS)
-    changed = [key for key in {*before, *settings} if before.get(key) != settings.get(key)]
+    checkpoints = _checkpoints(partial)
+    before, now = read_yaml(partial / SETTINGS), settings
+    if not checkpoints:
+        before, now = _behind_teacher(before), _behind_teacher(now)
+    changed = [key for key in {*before, *now} if before.get(key) != now.get(key)]
     if changed:
         key = sorted(changed)[0]
         raise ValueError(
-            f"{partial} was begun with other settings: {key} was {before.get(key)!r}, "
-            f"is {settings.get(key)!r}"
+            f"{partial} was begun with other settings: {key} was {before.get(key)!r}, is {now.get(key)!r}"
         )
     # A run that was begun before digests were kept has none.
     if (partial / DATA_DIGEST).is_file() and (partial / DATA_DIGEST).read_text(encoding="utf-8") != digest:
         raise ValueError(f"{partial} was begun with other data: {settings['data']} has changed since")
-    found = _checkpoints(partial)
-    return found[-1] if found else None
+    if not checkpoints:
+        write_text(partial / SETTINGS, to_yaml(settings))
+        return None
+    return checkpoints[-1]
+
+
+def _behind_teacher(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the settings that the collaborative recommender depends on."""
+    seed = (settings.get("training") or {}).get("seed")
+    return {
+        **{name: settings.get(name) for name in ("data", "split", "collaborative")},
+        "training.seed": seed,
+    }
 
 
 def _checkpoints(partial: Path) -> list[Path]:

@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -219,7 +220,7 @@ class RolloutPool:
         self._value = rows["value"].repeat(copies, 1, 1)
         kept = min(candidates, model.num_items)
         shape = (copies, int(contexts.sum()), kept)
-        _require_room(8 * math.prod(shape), folder)
+        require_room(histories, copies=copies, candidates=kept, beyond=beyond, folder=folder)
         self._candidates = _mapped(shape, np.int32, folder) if kept else None
         self._scores = _mapped(shape, np.float32, folder) if kept else None
         self._rows_at_once = max(1, min(_ROWS, LOGITS_PER_CHUNK // model.num_items))
@@ -286,15 +287,30 @@ class RolloutPool:
         return self._candidates[copy[row], context].long(), self._scores[copy[row], context]
 
 
-def _require_room(size: int, folder: str | os.PathLike[str] | None) -> None:
-    folder = folder or tempfile.gettempdir()
-    free = shutil.disk_usage(folder).free
+def require_room(
+    histories: Histories,
+    *,
+    copies: int,
+    candidates: int,
+    beyond: int,
+    folder: str | os.PathLike[str] | None = None,
+) -> None:
+    """Raises OSError if `folder`, or the nearest above it that is there, lacks room for a `RolloutPool`."""
+    contexts = round(histories.contexts(beyond) * len(histories))
+    size = 8 * copies * candidates * contexts
+    place = Path(folder or tempfile.gettempdir()).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
     if size > free:
         raise OSError(
-            f"the candidates of all rollouts take {size / 1e9:.1f} GB, {os.fspath(folder)!r} has "
-            f"{free / 1e9:.1f}; a larger rollout_reuse or fewer reward_candidates take less, rollout_reuse=0 "
-            "takes none"
+            f"the candidates of all rollouts take {_bytes(size)}, {str(place)!r} has {_bytes(free)}; "
+            "a larger rollout_reuse or fewer reward_candidates take less, rollout_reuse=0 takes none"
         )
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
 
 
 def _mapped(shape: tuple[int, ...], dtype: type[np.generic], folder: str | os.PathLike[str] | None) -> Tensor:

@@ -34,7 +34,7 @@ from gflowgr.objectives import BASELINES, REWARDED, TrajectoryBatch, diagnostics
 from gflowgr.ops._random import random_bits
 from gflowgr.reference_policy import ReferencePolicy
 from gflowgr.rewards import RewardContext, RewardModel
-from gflowgr.rollouts import RolloutPool, best_items, make_room, roll_out, roll_out_window
+from gflowgr.rollouts import RolloutPool, best_items, make_room, require_room, roll_out, roll_out_window
 from gflowgr.sampling import POLICY, STRATEGIES, TARGET, Draw, TrajectorySampler, policy_seeds
 
 _HEADS = "gflownet_heads.safetensors"
@@ -245,7 +245,8 @@ class GFlowGRTrainer(Trainer):
         collaborative: CollaborativeModel | None = None,
         callbacks: list[Any] | None = None,
     ) -> None:
-        _check_parts(recommender, args, train_dataset, reward_model, sampler, collaborative)
+        check_parts(recommender, args, train_dataset, reward_model, sampler)
+        _check_collaborative(collaborative, args, train_dataset, recommender.semantic_ids.num_items)
         self.reward_model = reward_model
         self.sampler = sampler
         self.collaborative = collaborative
@@ -387,10 +388,6 @@ class GFlowGRTrainer(Trainer):
         Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
         batches = math.ceil(len(rows) / (self._train_batch_size * self.args.world_size))
         epochs = self.state.max_steps * self.args.gradient_accumulation_steps / batches
-        # How often this process, which sees its share of the rows, sees one of them in the whole run.
-        uses = epochs / self.args.world_size
-        # One from within and one that keeps all, where both are wanted.
-        fewest = 2 if 0 < self.args.rollout_share < 1 else 1
         quiet = self.args.disable_tqdm or not self.is_local_process_zero()
         with (
             tqdm(total=len(rows), desc="Rollouts", unit=" histories", disable=quiet) as bar,
@@ -399,7 +396,7 @@ class GFlowGRTrainer(Trainer):
             return RolloutPool(
                 self.collaborative,
                 rows,
-                copies=max(fewest, round(uses / self.args.rollout_reuse)),
+                copies=_rollouts_of_each(self.args, epochs),
                 share=self.args.rollout_share,
                 candidates=self.args.reward_candidates,
                 temperature=self.args.rollout_temperature,
@@ -699,14 +696,44 @@ def _reward_context(
     )
 
 
-def _check_parts(
+def _rollouts_of_each(args: GFlowGRConfig, epochs: float) -> int:
+    """Rollouts of each history in a process's pool."""
+    # How often a process, which sees its share of the rows, sees one of them in the whole run.
+    uses = epochs / args.world_size
+    # One from within and one that keeps all, where both are wanted.
+    fewest = 2 if 0 < args.rollout_share < 1 else 1
+    return max(fewest, round(uses / args.rollout_reuse))
+
+
+def check_rollout_room(
+    args: GFlowGRConfig, train_dataset: Examples | Histories | None, num_items: int
+) -> None:
+    """Raises OSError if the pool of rollouts that training will fill has no room in the output folder."""
+    rolls_out = args.rollout_share > 0 or args.rollout_beyond > 0
+    if not isinstance(train_dataset, Histories) or not rolls_out or not args.rollout_reuse:
+        return
+    epochs = args.num_train_epochs
+    if args.max_steps > 0:
+        batches = math.ceil(len(train_dataset) / (args.train_batch_size * args.world_size))
+        epochs = args.max_steps * args.gradient_accumulation_steps / batches
+    require_room(
+        train_dataset,
+        # Each process has a pool of its own.
+        copies=_rollouts_of_each(args, epochs) * args.world_size,
+        candidates=min(args.reward_candidates, num_items),
+        beyond=args.rollout_beyond,
+        folder=args.output_dir,
+    )
+
+
+def check_parts(
     recommender: GenerativeRecommender,
     args: GFlowGRConfig,
     train_dataset: Examples | Histories | None,
     reward_model: RewardModel | None,
     sampler: TrajectorySampler | None,
-    collaborative: CollaborativeModel | None,
 ) -> None:
+    """Raises ValueError for parts that do not fit each other, whatever the collaborative recommender."""
     num_items = recommender.semantic_ids.num_items
     if args.objective in REWARDED and args.gfn_weight and reward_model is None:
         raise ValueError(f"reward_model is None, needs a RewardModel for objective {args.objective!r}")
@@ -742,16 +769,25 @@ def _check_parts(
             f"sampler draws {sampler.num_trajectories} trajectories, "
             f"needs num_trajectories={args.num_trajectories}"
         )
-    for name in ("rollout_share", "rollout_beyond", "candidates"):
-        counts = whole or name != "rollout_beyond"
-        if getattr(args, name) and counts and collaborative is None:
-            raise ValueError(f"collaborative is None, needs a recommender for {name}={getattr(args, name)}")
     if sampler is not None and isinstance(sampler.mixture, AdaptiveWeights) and reward_model is None:
         raise ValueError("reward_model is None, needs a RewardModel for a sampler that adapts to yields")
-    for name, part in (
-        ("sampler", sampler),
-        ("reward_model", reward_model),
-        ("collaborative", collaborative),
-    ):
-        if part is not None and part.num_items != num_items:
-            raise ValueError(f"{name} is for {part.num_items} items, needs the semantic IDs' {num_items}")
+    for name, part in (("sampler", sampler), ("reward_model", reward_model)):
+        _check_items(name, part, num_items)
+
+
+def _check_collaborative(
+    collaborative: CollaborativeModel | None,
+    args: GFlowGRConfig,
+    train_dataset: Examples | Histories | None,
+    num_items: int,
+) -> None:
+    for name in ("rollout_share", "rollout_beyond", "candidates"):
+        counts = isinstance(train_dataset, Histories) or name != "rollout_beyond"
+        if getattr(args, name) and counts and collaborative is None:
+            raise ValueError(f"collaborative is None, needs a recommender for {name}={getattr(args, name)}")
+    _check_items("collaborative", collaborative, num_items)
+
+
+def _check_items(name: str, part: Any, num_items: int) -> None:
+    if part is not None and part.num_items != num_items:
+        raise ValueError(f"{name} is for {part.num_items} items, needs the semantic IDs' {num_items}")

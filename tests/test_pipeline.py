@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -523,30 +526,88 @@ class StopAt(TrainerCallback):
 
 
 def test_a_run_cut_off_before_its_first_checkpoint_leaves_nothing(prepared: Path, tmp_path: Path) -> None:
+    alone = override(SMALL, ["training.objective=sft"])
     with pytest.raises(RuntimeError, match="power cut"):
-        pipeline.train(prepared, tmp_path / "run", SMALL, callbacks=[StopAt(2)])
+        pipeline.train(prepared, tmp_path / "run", alone, callbacks=[StopAt(2)])
     assert names_in(tmp_path) == set()
     with pytest.raises(FileNotFoundError, match="no run to resume"):
-        pipeline.train(prepared, tmp_path / "run", SMALL, resume=True)
+        pipeline.train(prepared, tmp_path / "run", alone, resume=True)
 
 
-def test_a_run_killed_before_its_first_checkpoint_keeps_its_teacher(
+def test_a_run_cut_off_before_its_first_checkpoint_keeps_its_teacher(
     prepared: Path, trained: pipeline.TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Killed(BaseException):
-        pass
-
-    def kill(*_: object, **__: object) -> None:
-        raise Killed
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(StopAt, "on_step_end", kill)
-        pipeline.train(prepared, tmp_path / "run", SMALL, callbacks=[StopAt(1)])
-    assert {"config.yaml", pipeline.COLLABORATIVE} <= {p.name for p in (tmp_path / "run.partial").iterdir()}
+    """Whatever was wrong with the rest of the settings can be mended, without another teacher."""
+    output = tmp_path / "run"
+    faster = override(SMALL, ["training.learning_rate=0.5"])
+    with pytest.raises(RuntimeError, match="power cut"):
+        pipeline.train(prepared, output, faster, callbacks=[StopAt(1)])
+    assert names_in(tmp_path / "run.partial") == {"config.yaml", "data.sha256", pipeline.COLLABORATIVE}
+    for changed, key in (
+        ("split.max_history=5", "split"),
+        ("collaborative.model=als", "collaborative"),
+        ("training.seed=5", r"training\.seed"),
+    ):
+        with pytest.raises(ValueError, match=f"begun with other settings: {key}"):
+            pipeline.train(prepared, output, override(SMALL, [changed]), resume=True)
     with monkeypatch.context() as patch:
-        patch.setattr("gflowgr.assembly.Plan.build_collaborative", kill)
-        resumed = pipeline.train(prepared, tmp_path / "run", SMALL, resume=True)
+        patch.delattr("gflowgr.assembly.Plan.build_collaborative")
+        resumed = pipeline.train(prepared, output, SMALL, resume=True)
     assert resumed.test.summary() == pytest.approx(trained.test.summary(), rel=1e-5, nan_ok=True)
+    assert read_yaml(output / "config.yaml")["training"] == SMALL["training"]
+
+
+def test_what_cannot_be_is_found_before_a_teacher_is_fitted(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("gflowgr.assembly.Plan.build_collaborative")
+    too_few = override(SMALL, ["training.reward_candidates=2", "training.objective=flow_matching"])
+    later = {"terms": {"interaction": {"future_scale": 0.5}, "collaborative": {}}}
+    with pytest.raises(ValueError, match="reward_candidates is 2, needs more than"):
+        pipeline.train(prepared, tmp_path / "run", {**too_few, "reward": later})
+    pooled = ["training.rollout_share=0.5", "training.rollout_reuse=2", "training.reward_candidates=12"]
+    usage = shutil.disk_usage(tmp_path)._replace(free=3_000)
+    monkeypatch.setattr("gflowgr.rollouts.shutil.disk_usage", lambda folder: usage)
+    with pytest.raises(OSError, match=r"all rollouts take 0\.\d MB, .* has 0\.0 MB; a larger rollout_reuse"):
+        pipeline.train(prepared, tmp_path / "run", override(SMALL, pooled))
+    assert names_in(tmp_path) == set()
+
+
+def test_a_saved_teacher_of_another_catalogue_is_refused_and_not_kept(prepared: Path, tmp_path: Path) -> None:
+    sequences = split(DataFolder.load(prepared).log).sequences
+    Popularity.fit(sequences, NUM_ITEMS + 1).save(tmp_path / "other.safetensors")
+    given = {**SMALL, "collaborative": {"path": str(tmp_path / "other.safetensors")}}
+    with pytest.raises(ValueError, match=r"recommender of 25 items, needs the catalogue's 24"):
+        pipeline.train(prepared, tmp_path / "run", given)
+    assert names_in(tmp_path) == {"other.safetensors"}
+
+
+@pytest.mark.slow
+def test_two_processes_make_one_run(prepared: Path, trained: pipeline.TrainedRun, tmp_path: Path) -> None:
+    halved = override(SMALL, ["training.per_device_train_batch_size=4"])
+    (tmp_path / "config.yaml").write_text(to_yaml(halved))
+    launched = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = ["train", "--data", str(prepared), "--config", str(tmp_path / "config.yaml")]
+    command += ["--output", str(tmp_path / "run")]
+    for more in ([], ["--overwrite"]):
+        done = subprocess.run(
+            [*launched, "-m", "gflowgr", *command, *more],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("test part:") == 1
+        assert names_in(tmp_path / "run") == names_in(trained.path)
+        log = json.loads((tmp_path / "run" / pipeline.LOG).read_text())
+        losses = [
+            [entry["loss"] for entry in entries if "loss" in entry] for entries in (log, trained.history)
+        ]
+        # The mean of two processes' means, whose batches may hold different numbers of contexts.
+        assert losses[0] == pytest.approx(losses[1], rel=0.05)
+    assert names_in(tmp_path) & {"run", "run.partial"} == {"run"}
 
 
 def test_a_run_does_not_go_on_with_other_data(prepared: Path, tmp_path: Path) -> None:
