@@ -29,7 +29,13 @@ from gflowgr.folders import (
     write_text,
     written,
 )
-from gflowgr.quality.run_users import BY_TEACHER_WEIGHT, METRICS, TEACHER_WEIGHT, save_run_users
+from gflowgr.quality.run_users import (
+    BY_TEACHER_WEIGHT,
+    EXCLUDE_HISTORY,
+    METRICS,
+    TEACHER_WEIGHT,
+    save_run_users,
+)
 from gflowgr.semantic_ids import (
     SemanticIds,
     count_collisions,
@@ -396,7 +402,7 @@ def train(
         sampler = fitted.trainer.sampler
         if sampler is not None and sampler.mixture is not None:
             _write_schedule(partial, sampler.mixture)
-        _finish(partial, run, folder.items, fitted.parts)
+        _finish(partial, run, folder.items, fitted)
     fitted.trainer.accelerator.wait_for_everyone()
     return run
 
@@ -565,7 +571,7 @@ def _fit_collaborative(
     return model
 
 
-def _finish(partial: Path, run: TrainedRun, items: Items, parts: Split) -> None:
+def _finish(partial: Path, run: TrainedRun, items: Items, fitted: Fitted) -> None:
     run.recommender.save_pretrained(partial / CHECKPOINT)
     items.save(partial / ITEMS)
     write_text(partial / LOG, json.dumps(run.history, indent=1))
@@ -573,13 +579,14 @@ def _finish(partial: Path, run: TrainedRun, items: Items, parts: Split) -> None:
         "validation": run.validation.to_dict(),
         "test": run.test.to_dict(),
         TEACHER_WEIGHT: run.teacher_weight,
+        EXCLUDE_HISTORY: fitted.trainer.args.exclude_history,
         "seconds": {"training": run.seconds, "collaborative": run.collaborative_seconds},
     }
     write_text(partial / METRICS, json.dumps(metrics, indent=1))
     if run.by_teacher_weight is not None:
         chosen = {TEACHER_WEIGHT: run.teacher_weight, BY_TEACHER_WEIGHT: run.by_teacher_weight}
         write_text(partial / RANKING, json.dumps(chosen, indent=1))
-    save_run_users(partial, parts, run.validation, run.test)
+    save_run_users(partial, fitted.parts, run.validation, run.test)
     for past in (*_checkpoints(partial), partial / DATA_DIGEST):
         remove(past)
     put_in_place(partial, run.path)

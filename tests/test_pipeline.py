@@ -273,6 +273,7 @@ def test_a_run_keeps_what_it_reached_for_each_user(trained: pipeline.TrainedRun,
     by_user = [log.item[log.user == user] for user in range(log.num_users)]
     training = np.concatenate([items[:-2] for items in by_user]).tolist()
     assert kept.users.history_length.tolist() == [min(6, len(items) - 1) for items in by_user]
+    assert kept.exclude_history is False
     assert kept.users.target_popularity.tolist() == [training.count(items[-1]) for items in by_user]
 
 

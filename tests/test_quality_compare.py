@@ -24,6 +24,7 @@ from gflowgr.quality.compare import Comparison, compare, quantile_groups, rank_c
 from gflowgr.quality.compare_page import render, verdict, write
 from gflowgr.quality.compare_text import text_tables
 from gflowgr.quality.results import Users, save_users
+from gflowgr.quality.rows import ALL_EARLIER
 from gflowgr.quality.runs import Run, load_run
 
 USERS = 90
@@ -35,7 +36,8 @@ ABOUT = Users(
 
 
 def a_run(*ranks: np.ndarray, seeds: tuple[int | None, ...] = (None,), **changes: Any) -> Run:
-    values: dict[str, Any] = {"name": "a run", "dataset": None, "num_items": 40, "places": 10, "users": ABOUT}
+    values: dict[str, Any] = {"name": "a run", "dataset": None, "num_items": 40, "places": 10}
+    values |= {"users": ABOUT, "excluded": ""}
     return Run(ranks=dict(zip(seeds, ranks, strict=True)), **{**values, **changes})
 
 
@@ -180,6 +182,56 @@ def test_shorter_lists_give_fewer_metrics() -> None:
 def test_runs_of_different_data_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"are of different data: {message}"):
         compare(a_run(RANKS[0], dataset="scientific"), a_run(RANKS[1], **change))
+
+
+@pytest.mark.parametrize("longest", [4, 12])
+def test_histories_may_be_cut_at_different_lengths(longest: int) -> None:
+    cut = Users(ABOUT.history_length.clip(max=longest), ABOUT.target_popularity)
+    whole, shorter = a_run(RANKS[0]), a_run(RANKS[1], users=cut)
+    want = compare(whole, a_run(RANKS[1])).by_length
+    assert compare(whole, shorter).by_length == want
+    assert [(group.low, group.high) for group in compare(shorter, whole).by_length] == [
+        (group.low, group.high) for group in want
+    ]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "words"),
+    [
+        ("all earlier items", "", "lists of A leave out all earlier items, those of B leave out nothing"),
+        ("", "the history", "lists of A leave out nothing, those of B leave out the history"),
+        ("the history", "the history", ""),
+        (None, "the history", ""),
+    ],
+)
+def test_lists_that_leave_out_other_items_are_said_to(
+    ours: str | None, theirs: str | None, words: str
+) -> None:
+    found = compare(a_run(RANKS[0], excluded=ours), a_run(RANKS[1], excluded=theirs))
+    assert found.excluded == words
+    facts = "90 users, 40 items" + (f"; {words}" if words else "")
+    assert text_tables(found)[0][0] == facts
+    assert facts in " ".join(Page(render(found)).words)
+
+
+def test_what_lists_leave_out_comes_with_a_run(results: Path, tmp_path: Path) -> None:
+    folder = a_trained_run(tmp_path / "run", RANKS[1])
+    metrics = json.loads((folder / "metrics.json").read_text())
+    for said, excluded in (
+        ({}, None),
+        ({"exclude_history": False}, ""),
+        ({"exclude_history": True}, ALL_EARLIER),
+    ):
+        (folder / "metrics.json").write_text(json.dumps({**metrics, **said}))
+        assert load_run(folder).excluded == excluded
+    scientific = results / "scientific"
+    for stored, excluded in (
+        ({}, ""),
+        ({"training": {"exclude_history": True}}, "the history"),
+        ({"exclude_history": True, "excluded": ALL_EARLIER}, ALL_EARLIER),
+    ):
+        replace(a_cell("sft-unseen", 0, RANKS[0].tolist()), settings=stored).save(scientific)
+        assert load_run("scientific/sft-unseen", results).excluded == excluded
 
 
 def test_a_group_of_one_user_has_no_interval() -> None:

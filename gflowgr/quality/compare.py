@@ -75,6 +75,7 @@ class Comparison:
         a: name of the first run.
         b: name of the second.
         seeds: what was averaged, in words.
+        excluded: what their lists leave out, where that differs, in words.
         num_users: users of the test part.
         num_items: items in the catalogue.
         places: length of the lists that both have.
@@ -87,6 +88,7 @@ class Comparison:
     a: str
     b: str
     seeds: str
+    excluded: str
     num_users: int
     num_items: int
     places: int
@@ -129,7 +131,9 @@ def compare(a: Run, b: Run) -> Comparison:
         for name in names
     }
     shown = [f"ndcg@{ks[-1]}", f"recall@{ks[-1]}"]
-    length, popularity = a.users.history_length, a.users.target_popularity
+    popularity = a.users.target_popularity
+    # Of histories that are cut the longer say more.
+    length = np.maximum(a.users.history_length, b.users.history_length)
 
     def group(name: str, values_of: np.ndarray, members: np.ndarray) -> Group:
         metrics = [_compared(metric, *(part[members] for part in values[metric])) for metric in shown]
@@ -140,6 +144,7 @@ def compare(a: Run, b: Run) -> Comparison:
         a.name,
         b.name,
         seeds,
+        _difference_in_lists(a, b),
         len(a.users),
         a.num_items,
         places,
@@ -194,6 +199,13 @@ def _pairs(a: Run, b: Run) -> tuple[list[tuple[np.ndarray, np.ndarray]], str]:
     named = ", ".join(map(str, seeds))
     words = f"averaged over the common seeds {named}" if len(seeds) > 1 else f"seed {named} of both"
     return [(a.ranks[seed], b.ranks[seed]) for seed in seeds], words
+
+
+def _difference_in_lists(a: Run, b: Run) -> str:
+    if a.excluded == b.excluded or None in (a.excluded, b.excluded):
+        return ""
+    ours, theirs = (f"leave out {run.excluded or 'nothing'}" for run in (a, b))
+    return f"lists of A {ours}, those of B {theirs}"
 
 
 def _mean(ranks: Sequence[np.ndarray], metric: str, places: int) -> np.ndarray:

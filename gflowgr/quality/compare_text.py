@@ -30,8 +30,8 @@ def cells(compared: Compared) -> list[str]:
 
 def facts(comparison: Comparison) -> str:
     """What is compared on what."""
-    seeds = f"; {comparison.seeds}" if comparison.seeds else ""
-    return f"{comparison.num_users:,} users, {comparison.num_items:,} items{seeds}"
+    parts = [f"{comparison.num_users:,} users, {comparison.num_items:,} items"]
+    return "; ".join([*parts, *filter(None, (comparison.seeds, comparison.excluded))])
 
 
 def _group_rows(title: str, groups: Sequence[Group], *, named: bool) -> list[list[str]]:

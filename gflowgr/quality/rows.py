@@ -53,7 +53,8 @@ _RECIPE, _OBJECTIVE = (
     {name: options for name, options in recipe.items() if name != "ranking"}
     for recipe in (GFLOWGR, OBJECTIVE)
 )
-_EXCLUDING = {"exclude_history": True, "excluded": "all earlier items"}
+ALL_EARLIER = "all earlier items"
+_EXCLUDING = {"exclude_history": True, "excluded": ALL_EARLIER}
 # Whoever ranks with a teacher: its weight is the best of these on the validation part.
 _TOGETHER = {"teacher_weights": list(WEIGHTS)}
 

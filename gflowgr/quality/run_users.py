@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 METRICS = "metrics.json"
 # Of the recommender that ranked beside the model, in the metrics.
 TEACHER_WEIGHT = "teacher_weight"
+# Whether the lists leave out what their users took before, in the metrics.
+EXCLUDE_HISTORY = "exclude_history"
 # NDCG of the validation part by that weight, where it was chosen so.
 BY_TEACHER_WEIGHT = "validation_by_teacher_weight"
 _RANKS = ("validation_rank", "test_rank")
@@ -44,6 +46,7 @@ class RunUsers:
         test_rank: the same of the test part, (U,).
         users: about the test contexts.
         teacher_weight: of the recommender that ranked beside the model, 0 where none did.
+        exclude_history: whether lists leave out what users took before, None where nothing says so.
     """
 
     places: int
@@ -52,6 +55,7 @@ class RunUsers:
     test_rank: np.ndarray
     users: Users
     teacher_weight: float
+    exclude_history: bool | None
 
 
 def save_run_users(folder: PathLike, parts: Split, validation: Metrics, test: Metrics) -> Path:
@@ -84,6 +88,7 @@ def load_run_users(folder: PathLike) -> RunUsers:
         stated = {part: _values(document[part]) for part in ("validation", "test")}
         num_items = int(document["test"]["num_items"])
         teacher_weight = float(document.get(TEACHER_WEIGHT, 0.0))
+        exclude_history = document.get(EXCLUDE_HISTORY)
     except (UnicodeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / METRICS}: not the metrics of a run: {error!r}") from error
     try:
@@ -97,7 +102,7 @@ def load_run_users(folder: PathLike) -> RunUsers:
     except ValueError as error:
         raise ValueError(f"{folder / USERS} and {METRICS}: {error}") from error
     ranks = arrays["validation_rank"], arrays["test_rank"]
-    return RunUsers(places, num_items, *ranks, users, teacher_weight)
+    return RunUsers(places, num_items, *ranks, users, teacher_weight, exclude_history)
 
 
 def check_ranks(part: str, rank: np.ndarray, places: int) -> None:

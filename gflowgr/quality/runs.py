@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from gflowgr.quality.results import PLACES, Cell, PathLike, Users, load_cells, load_users
+from gflowgr.quality.rows import ALL_EARLIER
 from gflowgr.quality.run_users import load_run_users
 from gflowgr.quality.table import RESULTS
 
@@ -24,6 +25,7 @@ class Run:
         places: length of the lists that ranks are places in.
         ranks: of the test targets, (U,) for each seed; a single run stands under None.
         users: about the test contexts.
+        excluded: what lists leave out, in words; "" is nothing, None unknown.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Run:
     places: int
     ranks: dict[int | None, np.ndarray]
     users: Users
+    excluded: str | None
 
 
 def load_run(run: PathLike, results: PathLike = RESULTS) -> Run:
@@ -47,7 +50,8 @@ def load_run(run: PathLike, results: PathLike = RESULTS) -> Run:
     if path.is_dir():
         kept = load_run_users(path)
         name = f"{run}, with its teacher" if kept.teacher_weight else str(run)
-        return Run(name, None, kept.num_items, kept.places, {None: kept.test_rank}, kept.users)
+        excluded = {True: ALL_EARLIER, False: "", None: None}[kept.exclude_history]
+        return Run(name, None, kept.num_items, kept.places, {None: kept.test_rank}, kept.users, excluded)
     folder = Path(results) / path.parent
     if len(path.parts) != 2 or not folder.is_dir():
         raise FileNotFoundError(
@@ -67,11 +71,20 @@ def _of_cells(name: str, cells: Sequence[Cell], folder: Path, *, single: bool) -
     if len(users) != first.num_users:
         raise ValueError(f"{folder}: users.npz has {len(users)} users, {first.name} {first.num_users}")
     ranks = {None if single else cell.seed: cell.test_rank for cell in cells}
-    return Run(name, first.dataset, first.num_items, PLACES, ranks, users)
+    return Run(name, first.dataset, first.num_items, PLACES, ranks, users, _excluded(first))
+
+
+def _excluded(cell: Cell) -> str:
+    given = {**cell.settings, **cell.settings.get("training", {})}
+    # The first cells that left something out knew no more than this.
+    return given.get("excluded", "the history") if given.get("exclude_history") else ""
 
 
 def require_same_data(a: Run, b: Run) -> None:
-    """Raises ValueError, which says in what they differ, unless both runs are of the same users and items."""
+    """Raises ValueError, which says in what they differ, unless both runs are of the same users and items.
+
+    Histories may be cut at different lengths.
+    """
     for what, first, other in (
         ("data set", a.dataset, b.dataset),
         ("number of users", len(a.users), len(b.users)),
@@ -79,8 +92,10 @@ def require_same_data(a: Run, b: Run) -> None:
     ):
         if None not in (first, other) and first != other:
             raise ValueError(f"{a.name} and {b.name} are of different data: {what} {first} and {other}")
-    for what in ("history_length", "target_popularity"):
-        differ = getattr(a.users, what) != getattr(b.users, what)
+    cut = min(a.users.history_length.max(), b.users.history_length.max())
+    for what, limit in (("history_length", cut), ("target_popularity", None)):
+        first, other = (np.clip(getattr(run.users, what), None, limit) for run in (a, b))
+        differ = first != other
         if differ.any():
             raise ValueError(
                 f"{a.name} and {b.name} are of different data: {what} differs for {int(differ.sum())} of "
