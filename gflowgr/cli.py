@@ -217,7 +217,8 @@ def _add_tokenize(commands: Any) -> None:
         _tokenize,
         "give each item of a data folder its semantic ID",
         "A semantic ID is a short row of codes; items that are alike share their first codes. They come from "
-        "the items' text (TF-IDF, SVD, residual k-means), from embeddings, or ready-made.",
+        "the items' text (TF-IDF, SVD, residual k-means), from embeddings, or ready-made; where no item has "
+        "a text, from who took what in the training part.",
         "gflowgr tokenize data/movies --levels 3 --codebook-size 256",
     )
     parser.add_argument("data", help="a folder that 'gflowgr prepare' made")
@@ -235,7 +236,7 @@ def _add_tokenize(commands: Any) -> None:
         default="item-id",
         help="row r of --codes or --embeddings is item id r, or the r-th of items.parquet (%(default)s)",
     )
-    parser.add_argument("--dimensions", type=int, default=64, help="of the text's embedding (%(default)s)")
+    parser.add_argument("--dimensions", type=int, default=64, help="of text or factors (%(default)s)")
     parser.add_argument("--levels", type=int, default=3, help="codes an item (%(default)s)")
     parser.add_argument(
         "--codebook-size", type=int, default=256, help="codes a level, a power of 2 (%(default)s)"
@@ -262,6 +263,11 @@ def _tokenize(arguments: argparse.Namespace) -> None:
     options = {key: value for key, value in vars(arguments).items() if key not in ("run", "data")}
     made = pipeline.tokenize(arguments.data, **options)
     sizes = " x ".join(map(str, made.codebook_sizes))
+    if made.source == "interactions":
+        print(
+            "no item has a text: codes by who took what, but for the last two items of each user; where the "
+            "split is by time, give embeddings or codes that know nothing held out"
+        )
     print(
         f"{arguments.data}: {made.items:,} items, codebooks {sizes}, "
         f"a vocabulary of {made.vocab_size:,} tokens"

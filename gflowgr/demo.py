@@ -197,11 +197,7 @@ class _Demo:
         self.parts: Split = split(self.folder.log, max_history=self.budget.history)
 
     def _tokenize(self) -> None:
-        # Of the training part alone, or the IDs would know what is held out.
-        factors = collaborative.ALS.fit(
-            self.parts.sequences, self.parts.num_items, factors=32, seed=self.seed, progress=False
-        ).item_factors
-        directions = torch.nn.functional.normalize(factors).numpy()
+        directions = pipeline.embed_interactions(self.folder.log, 32, self.seed)
         words = embed_text(self.folder.items.texts, 32, self.seed)
         made = pipeline.tokenize(
             self.output / "data",

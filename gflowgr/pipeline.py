@@ -174,8 +174,12 @@ def _joined(cells: Sequence[Any]) -> str | None:
 
 @dataclass(frozen=True)
 class Tokenized:
-    """What `tokenize` made: `codebook_sizes` by level, and how many items shared their codes at first."""
+    """What `tokenize` made: `codebook_sizes` by level, and how many items shared their codes at first.
 
+    `source` is "codes", "embeddings", "sentences", "text" or "interactions", what the codes come from.
+    """
+
+    source: str
     items: int
     codebook_sizes: tuple[int, ...]
     vocab_size: int
@@ -203,6 +207,9 @@ def tokenize(
 
     The codes are ready-made (`codes`), or come by residual quantisation from embeddings: given ones
     (`embeddings`), those of a sentence-transformers model (`sentences`), or TF-IDF and SVD of the texts.
+    Where no item has a text they are an ALS's factors of the interactions, without the last two of each user,
+    which "leave-one-out" holds out; for a division by time give embeddings or codes that know nothing held
+    out.
 
     Args:
         data: the folder.
@@ -211,7 +218,7 @@ def tokenize(
         sentences: name or folder of a model.
         rows: what a row of `codes` or `embeddings` is: the item of that id, which needs ids that are whole
             numbers from 0, or the item at that place in the folder's list of items.
-        dimensions: of the text's SVD.
+        dimensions: of the text's SVD or the factors.
         levels: codes an item, before collisions are resolved.
         codebook_size: codes a level.
         collisions: what becomes of items with equal codes: one more level tells them apart, or they share.
@@ -221,7 +228,7 @@ def tokenize(
 
     Raises:
         FileNotFoundError, TypeError, ValueError: as `gflowgr.semantic_ids`; more than one source of codes; no
-            text; semantic IDs are in the way.
+            text for `sentences`; semantic IDs are in the way.
     """
     folder = DataFolder.load(data)
     if folder.semantic_ids is not None and not overwrite:
@@ -233,8 +240,9 @@ def tokenize(
     if codes is not None:
         raw = SemanticIds.from_npy(codes).codes.numpy()
         raw = raw[_wanted_rows(folder, os.fspath(codes), rows, len(raw))]
+        source = "codes"
     else:
-        points = _embeddings(folder, embeddings, sentences, rows, dimensions, seed)
+        points, source = _embeddings(folder, embeddings, sentences, rows, dimensions, seed)
         raw = quantise(points, levels=levels, codes=codebook_size, seed=seed)
     found = count_collisions(raw)
     resolved = resolve_collisions(raw, collisions) if found.colliding else raw
@@ -244,6 +252,7 @@ def tokenize(
     semantic_ids.save(folder.path / SEMANTIC_IDS)
     trie.save(folder.path / TRIE)
     return Tokenized(
+        source,
         semantic_ids.num_items,
         semantic_ids.codebook_sizes,
         semantic_ids.vocab_size,
@@ -260,16 +269,34 @@ def _embeddings(
     rows: str,
     dimensions: int,
     seed: int,
-) -> np.ndarray:
+) -> tuple[np.ndarray, str]:
+    """A row for each item, and what it comes from."""
     if embeddings is not None:
         points, source = _read_array(embeddings)
-        return points[_wanted_rows(folder, source, rows, len(points))]
+        return points[_wanted_rows(folder, source, rows, len(points))], "embeddings"
     texts = folder.items.texts
-    if all(text is None for text in texts):
-        raise ValueError(
-            f"{folder.path} has no text of its items: prepare it with items, or give codes or embeddings"
-        )
-    return embed_text(texts, dimensions, seed) if sentences is None else embed_sentences(texts, sentences)
+    wordless = all(text is None for text in texts)
+    if sentences is not None:
+        if wordless:
+            raise ValueError(f"{folder.path} has no text of its items for sentences: prepare it with items")
+        return embed_sentences(texts, sentences), "sentences"
+    if not wordless:
+        return embed_text(texts, dimensions, seed), "text"
+    return embed_interactions(folder.log, dimensions, seed), "interactions"
+
+
+def embed_interactions(log: InteractionLog, dimensions: int = 64, seed: int = 0) -> np.ndarray:
+    """Embeds items by who took them: directions of an ALS's factors, float32 (num_items, `dimensions`).
+
+    It is fitted to the training part of "leave-one-out" alone: semantic IDs must not know what is held out.
+    Items without an interaction there have rows of zeros.
+    """
+    from gflowgr.collaborative import ALS
+    from gflowgr.data import split
+
+    sequences = split(log, max_future=0).sequences
+    factors = ALS.fit(sequences, log.num_items, factors=dimensions, seed=seed, progress=False).item_factors
+    return torch.nn.functional.normalize(factors).numpy()
 
 
 def _read_array(embeddings: PathLike | np.ndarray) -> tuple[np.ndarray, str]:

@@ -232,12 +232,31 @@ def test_tokenize_needs_one_source_of_codes(prepared: Path, tmp_path: Path) -> N
     with pytest.raises(ValueError, match="codes and embeddings"):
         pipeline.tokenize(prepared, codes="a.npy", embeddings="b.npy", overwrite=True)
     pipeline.prepare(a_log(), tmp_path / "data", k=3)
-    with pytest.raises(ValueError, match="no text"):
-        pipeline.tokenize(tmp_path / "data")
+    with pytest.raises(ValueError, match="no text of its items for sentences"):
+        pipeline.tokenize(tmp_path / "data", sentences="a model")
     with pytest.raises(FileNotFoundError, match="gflowgr tokenize"):
         pipeline.train(tmp_path / "data", tmp_path / "run", SMALL)
     with pytest.raises(FileNotFoundError, match="gflowgr prepare"):
         pipeline.tokenize(tmp_path / "nothing")
+
+
+def test_items_without_text_are_coded_by_who_took_them_in_training(tmp_path: Path) -> None:
+    """The last two items of each user must not show in the codes, the others must."""
+    log = a_log()
+    late = log.sort_values("timestamp").groupby("user_id").tail(2).index
+    items = log["item_id"].to_numpy()
+    rng = np.random.default_rng(1)
+    codes = {}
+    for name, changed in (("as it is", late[:0]), ("late", late), ("early", log.index.difference(late))):
+        other = log.copy()
+        other.loc[changed, "item_id"] = rng.permutation(items[log.index.get_indexer(changed)])
+        pipeline.prepare(other, tmp_path / name, k=1)
+        made = pipeline.tokenize(tmp_path / name, levels=2, codebook_size=8, dimensions=4)
+        assert (made.source, made.items) == ("interactions", NUM_ITEMS)
+        codes[name] = DataFolder.load(tmp_path / name, tokenized=True).semantic_ids.content_codes  # type: ignore[union-attr]
+    assert torch.equal(codes["late"], codes["as it is"])
+    assert not torch.equal(codes["early"], codes["as it is"])
+    assert pipeline.train(tmp_path / "late", tmp_path / "run", SMALL).test.num_items == NUM_ITEMS
 
 
 def test_a_run_is_whole_and_its_numbers_can_be_had_again(trained: pipeline.TrainedRun) -> None:
