@@ -289,7 +289,8 @@ def _add_train(commands: Any) -> None:
         "train a recommender on a data folder",
         "Settings come from a YAML file, then from key=value pairs behind the options; dots lead into "
         "sections (split, model, collaborative, reward, sampler, training, ranking). configs/ has files to "
-        "start from.",
+        "start from. Several processes (torchrun --nproc-per-node 2 -m gflowgr train ...) make one run "
+        "together, each with training.per_device_train_batch_size rows of a step.",
         "gflowgr train --data data/movies --config configs/gflowgr.yaml --output runs/first "
         "training.learning_rate=5e-4 model.layers=2",
     )
