@@ -14,7 +14,7 @@ import torch
 from gflowgr import backbones, collaborative
 from gflowgr.adaptive import AdaptiveWeights
 from gflowgr.backbones import GenerativeRecommender
-from gflowgr.collaborative import CollaborativeModel
+from gflowgr.collaborative import CollaborativeModel, Recommender
 from gflowgr.config import GFlowGRConfig, check_keys
 from gflowgr.data import Examples, Histories, InteractionLog, Split, split
 from gflowgr.ensemble import BY_VALIDATION, check_distribution, check_teacher_weight
@@ -168,15 +168,7 @@ class Plan:
             return None
         options = dict(self.collaborative)
         if "path" in options:
-            model = collaborative.load(options["path"])
-            if model.num_items != parts.num_items:
-                raise ValueError(
-                    f"collaborative.path is a recommender of {model.num_items} items, needs the catalogue's "
-                    f"{parts.num_items}"
-                )
-            if self.teacher_weight != 0:
-                check_distribution("collaborative.path", model)
-            return model
+            return self.load_collaborative(options["path"], parts)
         name = options.pop("model", "sasrec")
         if collaborative.MODELS[name] in collaborative.TRAINED:
             # Its fit draws random numbers on these two alone; `to` takes it elsewhere afterwards.
@@ -185,6 +177,22 @@ class Plan:
         return collaborative.build(
             name, parts.sequences, parts.num_items, validation=parts.validation, **{"seed": seed, **options}
         )
+
+    def load_collaborative(self, path: str | os.PathLike[str], parts: Split) -> Recommender:
+        """A saved one, which has to serve for what is planned.
+
+        Raises:
+            ValueError: it is of another catalogue, or no distribution where it ranks beside the model.
+        """
+        model = collaborative.load(path)
+        if model.num_items != parts.num_items:
+            raise ValueError(
+                f"{os.fspath(path)} is a recommender of {model.num_items} items, needs the catalogue's "
+                f"{parts.num_items}"
+            )
+        if self.teacher_weight != 0:
+            check_distribution(os.fspath(path), model)
+        return model
 
     def build_reward(self, semantic_ids: SemanticIds) -> RewardModel | None:
         """The reward of a context's items."""

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -31,8 +31,8 @@ from gflowgr.folders import (
 )
 from gflowgr.quality.run_users import (
     BY_TEACHER_WEIGHT,
-    EXCLUDE_HISTORY,
     METRICS,
+    SETTINGS,
     TEACHER_WEIGHT,
     save_run_users,
 )
@@ -59,7 +59,6 @@ if TYPE_CHECKING:
     from gflowgr.trainer import GFlowGRTrainer
 
 CHECKPOINT = "checkpoint"
-SETTINGS = "config.yaml"
 COLLABORATIVE = "collaborative.safetensors"
 LOG = "log.json"
 RANKING = "ranking.json"
@@ -228,7 +227,7 @@ def tokenize(
 
     Raises:
         FileNotFoundError, TypeError, ValueError: as `gflowgr.semantic_ids`; more than one source of codes; no
-            text for `sentences`; semantic IDs are in the way.
+            text for `sentences`, or neither text nor enough interactions; semantic IDs are in the way.
     """
     folder = DataFolder.load(data)
     if folder.semantic_ids is not None and not overwrite:
@@ -282,7 +281,13 @@ def _embeddings(
         return embed_sentences(texts, sentences), "sentences"
     if not wordless:
         return embed_text(texts, dimensions, seed), "text"
-    return embed_interactions(folder.log, dimensions, seed), "interactions"
+    try:
+        return embed_interactions(folder.log, dimensions, seed), "interactions"
+    except ValueError as error:
+        raise ValueError(
+            f"{folder.path} has no text of its items, and its interactions give no codes ({error}): prepare "
+            "it with items, or give codes or embeddings"
+        ) from error
 
 
 def embed_interactions(log: InteractionLog, dimensions: int = 64, seed: int = 0) -> np.ndarray:
@@ -382,7 +387,7 @@ def train(
     with has to be the same. An error before there is a teacher or a checkpoint leaves nothing.
 
     Under `torchrun` or `accelerate launch` the first process fits the teacher and writes the folder, which
-    all have to see; the others wait for it, for as long as `training.ddp_timeout` says.
+    all have to see; the others wait for it.
 
     Args:
         data: a folder that `prepare` and `tokenize` made.
@@ -429,7 +434,7 @@ def train(
         sampler = fitted.trainer.sampler
         if sampler is not None and sampler.mixture is not None:
             _write_schedule(partial, sampler.mixture)
-        _finish(partial, run, folder.items, fitted)
+        _finish(partial, run, folder.items, fitted.parts)
     fitted.trainer.accelerator.wait_for_everyone()
     return run
 
@@ -498,18 +503,16 @@ def fit(
     reward, sampler = plan.build_reward(folder.semantic_ids), plan.build_sampler(parts, config)
     rows = plan.training_rows(parts, recommender, config)
     # What cannot be should not show only once there is a teacher, which may take longer than all the rest.
-    check_parts(recommender, config, rows, reward, sampler)
-    check_rollout_room(config, rows, parts.num_items)
-    leads, digest = config.process_index == 0, folder.digest()
-    with config.main_process_first(local=False):
-        if overwrite and leads and not resume:
-            remove(partial)
-        # What the first process has begun the others go on with.
-        checkpoint = _open_partial(partial, settings, digest, resume or not leads)
+    has_collaborative = plan.collaborative is not None
+    check_parts(recommender, config, rows, reward, sampler, has_collaborative=has_collaborative)
+    leads = config.process_index == 0
+    checkpoint = _decided_by_first(
+        leads, lambda: _open_partial(partial, settings, folder.digest(), resume, overwrite)
+    )
     try:
+        check_rollout_room(config, rows, parts.num_items)
         began = time.perf_counter()
-        with config.main_process_first(local=False):
-            scorer = _fit_collaborative(plan, parts, config, partial / COLLABORATIVE)
+        scorer = _fit_collaborative(plan, parts, config, partial / COLLABORATIVE)
         collaborative_seconds = time.perf_counter() - began
         if isinstance(scorer, collaborative.TRAINED):
             scorer.to(config.device)
@@ -531,17 +534,40 @@ def fit(
         seconds = time.perf_counter() - began
     except Exception:
         # Where there is nothing to go on from, nothing should be left behind.
-        if leads and not _checkpoints(partial) and not (partial / COLLABORATIVE).is_file():
-            remove(partial)
+        if leads and not _checkpoints(partial):
+            _remove_checkpoints(partial)
+            if not (partial / COLLABORATIVE).is_file():
+                remove(partial)
         raise
     return Fitted(trainer, parts, scorer, plan.teacher_weight, seconds, collaborative_seconds)
 
 
-def _open_partial(partial: Path, settings: Mapping[str, Any], digest: str, resume: bool) -> Path | None:
+def _decided_by_first(leads: bool, decide: Callable[[], Path | None]) -> Path | None:
+    """What `decide` gives in the first of several processes, for all of them; or what it raises."""
+    from accelerate.utils import broadcast_object_list
+
+    outcome: list[Any] = [None, None]
+    if leads:
+        try:
+            outcome[0] = decide()
+        except (OSError, ValueError) as error:
+            outcome[1] = error
+    checkpoint, refusal = broadcast_object_list(outcome)
+    if refusal is not None:
+        raise refusal
+    assert checkpoint is None or isinstance(checkpoint, Path)
+    return checkpoint
+
+
+def _open_partial(
+    partial: Path, settings: Mapping[str, Any], digest: str, resume: bool, overwrite: bool
+) -> Path | None:
     """Makes or checks the folder of a run in progress, and finds the checkpoint to go on from."""
     from gflowgr.settings import read_yaml, to_yaml
 
     if not resume:
+        if overwrite:
+            remove(partial)
         if partial.exists():
             raise ValueError(f"{partial} holds an interrupted run; resume it, or allow to overwrite it")
         partial.mkdir(parents=True)
@@ -564,6 +590,7 @@ def _open_partial(partial: Path, settings: Mapping[str, Any], digest: str, resum
     if (partial / DATA_DIGEST).is_file() and (partial / DATA_DIGEST).read_text(encoding="utf-8") != digest:
         raise ValueError(f"{partial} was begun with other data: {settings['data']} has changed since")
     if not checkpoints:
+        _remove_checkpoints(partial)
         write_text(partial / SETTINGS, to_yaml(settings))
         return None
     return checkpoints[-1]
@@ -584,21 +611,37 @@ def _checkpoints(partial: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
+def _remove_checkpoints(partial: Path) -> None:
+    """All of them, and those that an error or a kill left half written."""
+    for path in partial.glob("checkpoint-*"):
+        remove(path)
+
+
 def _fit_collaborative(
     plan: Plan, parts: Split, config: GFlowGRConfig, path: Path
 ) -> CollaborativeModel | None:
+    """The recommender of a run, which the first process fits and the others wait for."""
     from gflowgr import collaborative
 
+    if plan.collaborative is None:
+        # One that earlier settings asked for.
+        if config.process_index == 0:
+            remove(path)
+        return None
+    # No barrier: its patience ends after `ddp_timeout`, and a fit may take longer.
+    while config.process_index and not path.is_file():
+        if not path.parent.is_dir():
+            raise RuntimeError(f"the first process gave up before {path} was there")
+        time.sleep(0.5)
     if path.is_file():
-        return collaborative.load(path)
+        return plan.load_collaborative(path, parts)
     model = plan.build_collaborative(parts, config.seed, config.device)
-    if model is not None:
-        assert isinstance(model, collaborative.Recommender)
-        model.save(path)
+    assert isinstance(model, collaborative.Recommender)
+    model.save(path)
     return model
 
 
-def _finish(partial: Path, run: TrainedRun, items: Items, fitted: Fitted) -> None:
+def _finish(partial: Path, run: TrainedRun, items: Items, parts: Split) -> None:
     run.recommender.save_pretrained(partial / CHECKPOINT)
     items.save(partial / ITEMS)
     write_text(partial / LOG, json.dumps(run.history, indent=1))
@@ -606,16 +649,15 @@ def _finish(partial: Path, run: TrainedRun, items: Items, fitted: Fitted) -> Non
         "validation": run.validation.to_dict(),
         "test": run.test.to_dict(),
         TEACHER_WEIGHT: run.teacher_weight,
-        EXCLUDE_HISTORY: fitted.trainer.args.exclude_history,
         "seconds": {"training": run.seconds, "collaborative": run.collaborative_seconds},
     }
     write_text(partial / METRICS, json.dumps(metrics, indent=1))
     if run.by_teacher_weight is not None:
         chosen = {TEACHER_WEIGHT: run.teacher_weight, BY_TEACHER_WEIGHT: run.by_teacher_weight}
         write_text(partial / RANKING, json.dumps(chosen, indent=1))
-    save_run_users(partial, fitted.parts, run.validation, run.test)
-    for past in (*_checkpoints(partial), partial / DATA_DIGEST):
-        remove(past)
+    save_run_users(partial, parts, run.validation, run.test)
+    _remove_checkpoints(partial)
+    remove(partial / DATA_DIGEST)
     put_in_place(partial, run.path)
 
 

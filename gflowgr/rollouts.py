@@ -7,7 +7,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -295,16 +294,14 @@ def require_room(
     beyond: int,
     folder: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Raises OSError if `folder`, or the nearest above it that is there, lacks room for a `RolloutPool`."""
+    """Raises OSError if `folder` lacks room for a `RolloutPool`."""
     contexts = round(histories.contexts(beyond) * len(histories))
     size = 8 * copies * candidates * contexts
-    place = Path(folder or tempfile.gettempdir()).absolute()
-    while not place.exists():
-        place = place.parent
+    place = os.fspath(folder or tempfile.gettempdir())
     free = shutil.disk_usage(place).free
     if size > free:
         raise OSError(
-            f"the candidates of all rollouts take {_bytes(size)}, {str(place)!r} has {_bytes(free)}; "
+            f"the candidates of all rollouts take {_bytes(size)}, {place!r} has {_bytes(free)}; "
             "a larger rollout_reuse or fewer reward_candidates take less, rollout_reuse=0 takes none"
         )
 

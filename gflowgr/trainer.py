@@ -245,8 +245,11 @@ class GFlowGRTrainer(Trainer):
         collaborative: CollaborativeModel | None = None,
         callbacks: list[Any] | None = None,
     ) -> None:
-        check_parts(recommender, args, train_dataset, reward_model, sampler)
-        _check_collaborative(collaborative, args, train_dataset, recommender.semantic_ids.num_items)
+        has_collaborative = collaborative is not None
+        check_parts(
+            recommender, args, train_dataset, reward_model, sampler, has_collaborative=has_collaborative
+        )
+        _check_items("collaborative", collaborative, recommender.semantic_ids.num_items)
         self.reward_model = reward_model
         self.sampler = sampler
         self.collaborative = collaborative
@@ -732,8 +735,10 @@ def check_parts(
     train_dataset: Examples | Histories | None,
     reward_model: RewardModel | None,
     sampler: TrajectorySampler | None,
+    *,
+    has_collaborative: bool,
 ) -> None:
-    """Raises ValueError for parts that do not fit each other, whatever the collaborative recommender."""
+    """Raises ValueError for parts that do not fit each other, whichever the collaborative recommender."""
     num_items = recommender.semantic_ids.num_items
     if args.objective in REWARDED and args.gfn_weight and reward_model is None:
         raise ValueError(f"reward_model is None, needs a RewardModel for objective {args.objective!r}")
@@ -769,23 +774,14 @@ def check_parts(
             f"sampler draws {sampler.num_trajectories} trajectories, "
             f"needs num_trajectories={args.num_trajectories}"
         )
+    for name in ("rollout_share", "rollout_beyond", "candidates"):
+        counts = whole or name != "rollout_beyond"
+        if getattr(args, name) and counts and not has_collaborative:
+            raise ValueError(f"collaborative is None, needs a recommender for {name}={getattr(args, name)}")
     if sampler is not None and isinstance(sampler.mixture, AdaptiveWeights) and reward_model is None:
         raise ValueError("reward_model is None, needs a RewardModel for a sampler that adapts to yields")
     for name, part in (("sampler", sampler), ("reward_model", reward_model)):
         _check_items(name, part, num_items)
-
-
-def _check_collaborative(
-    collaborative: CollaborativeModel | None,
-    args: GFlowGRConfig,
-    train_dataset: Examples | Histories | None,
-    num_items: int,
-) -> None:
-    for name in ("rollout_share", "rollout_beyond", "candidates"):
-        counts = isinstance(train_dataset, Histories) or name != "rollout_beyond"
-        if getattr(args, name) and counts and collaborative is None:
-            raise ValueError(f"collaborative is None, needs a recommender for {name}={getattr(args, name)}")
-    _check_items("collaborative", collaborative, num_items)
 
 
 def _check_items(name: str, part: Any, num_items: int) -> None:

@@ -234,6 +234,10 @@ def test_tokenize_needs_one_source_of_codes(prepared: Path, tmp_path: Path) -> N
     pipeline.prepare(a_log(), tmp_path / "data", k=3)
     with pytest.raises(ValueError, match="no text of its items for sentences"):
         pipeline.tokenize(tmp_path / "data", sentences="a model")
+    few = a_log().groupby("user_id").head(2)
+    pipeline.prepare(few, tmp_path / "few", k=1)
+    with pytest.raises(ValueError, match=r"its interactions give no codes \(.*\): prepare it with items"):
+        pipeline.tokenize(tmp_path / "few")
     with pytest.raises(FileNotFoundError, match="gflowgr tokenize"):
         pipeline.train(tmp_path / "data", tmp_path / "run", SMALL)
     with pytest.raises(FileNotFoundError, match="gflowgr prepare"):
@@ -577,6 +581,42 @@ def test_a_run_cut_off_before_its_first_checkpoint_keeps_its_teacher(
     assert read_yaml(output / "config.yaml")["training"] == SMALL["training"]
 
 
+@pytest.fixture
+def cut_off(prepared: Path, tmp_path: Path) -> Path:
+    """The output of a run with item neighbours as teacher, which broke off in its first checkpoint."""
+    with pytest.raises(RuntimeError, match="power cut"):
+        pipeline.train(prepared, tmp_path / "run", SMALL, callbacks=[StopAt(1)])
+    (tmp_path / "run.partial" / "checkpoint-2").mkdir()
+    return tmp_path / "run"
+
+
+def test_a_kept_teacher_has_to_serve_for_the_settings_of_now(prepared: Path, cut_off: Path) -> None:
+    partial = cut_off.with_name("run.partial")
+    ItemKNN.fit(split(DataFolder.load(prepared).log).sequences, NUM_ITEMS + 1, progress=False).save(
+        partial / pipeline.COLLABORATIVE
+    )
+    with pytest.raises(ValueError, match="a recommender of 25 items, needs the catalogue's 24"):
+        pipeline.train(prepared, cut_off, SMALL, resume=True)
+    knn = cut_off.with_name("knn.safetensors")
+    ItemKNN.fit(split(DataFolder.load(prepared).log).sequences, NUM_ITEMS, progress=False).save(knn)
+    given = {**SMALL, "collaborative": {"path": str(knn)}}
+    with pytest.raises(RuntimeError, match="power cut"):
+        pipeline.train(prepared, cut_off, given, overwrite=True, callbacks=[StopAt(1)])
+    weighed = {**given, "ranking": {"teacher_weight": "validation"}}
+    with pytest.raises(ValueError, match="is item-knn, whose scores are no distribution"):
+        pipeline.train(prepared, cut_off, weighed, resume=True)
+    assert pipeline.train(prepared, cut_off, given, resume=True).teacher_weight == 0
+
+
+def test_a_kept_teacher_that_nothing_asks_for_goes(prepared: Path, cut_off: Path) -> None:
+    alone = override(SMALL, ["training.save_steps=1", "training.eval_steps=1", "training.max_steps=1"])
+    alone = override(alone, ["training.objective=sft", "training.save_total_limit=null"])
+    pipeline.train(prepared, cut_off, alone, resume=True)
+    left = {path.name for path in cut_off.iterdir()}
+    assert pipeline.COLLABORATIVE not in left
+    assert not any(name.startswith("checkpoint-") for name in left)
+
+
 def test_what_cannot_be_is_found_before_a_teacher_is_fitted(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -585,6 +625,10 @@ def test_what_cannot_be_is_found_before_a_teacher_is_fitted(
     later = {"terms": {"interaction": {"future_scale": 0.5}, "collaborative": {}}}
     with pytest.raises(ValueError, match="reward_candidates is 2, needs more than"):
         pipeline.train(prepared, tmp_path / "run", {**too_few, "reward": later})
+    rewarded = {"reward": {"terms": {"interaction": {}}}}
+    with pytest.raises(ValueError, match="collaborative is None, needs a recommender for candidates=12"):
+        wanted = override(SMALL, ["training.reward_candidates=12", "training.objective=flow_matching"])
+        pipeline.train(prepared, tmp_path / "run", {**wanted, **rewarded})
     pooled = ["training.rollout_share=0.5", "training.rollout_reuse=2", "training.reward_candidates=12"]
     usage = shutil.disk_usage(tmp_path)._replace(free=3_000)
     monkeypatch.setattr("gflowgr.rollouts.shutil.disk_usage", lambda folder: usage)
@@ -609,8 +653,9 @@ def test_two_processes_make_one_run(prepared: Path, trained: pipeline.TrainedRun
     launched = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = ["train", "--data", str(prepared), "--config", str(tmp_path / "config.yaml")]
     command += ["--output", str(tmp_path / "run")]
-    for more in ([], ["--overwrite"]):
-        done = subprocess.run(
+
+    def launch(*more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
             [*launched, "-m", "gflowgr", *command, *more],
             capture_output=True,
             text=True,
@@ -618,6 +663,17 @@ def test_two_processes_make_one_run(prepared: Path, trained: pipeline.TrainedRun
             check=False,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
+
+    # What another run holds is refused by all with the same words, and stays what it is.
+    (tmp_path / "run.partial").mkdir()
+    (tmp_path / "run.partial" / "config.yaml").write_text("theirs: 1")
+    refused = launch()
+    assert refused.returncode != 0
+    assert refused.stderr.count("gflowgr: error: ") == 2
+    assert refused.stderr.count("holds an interrupted run; resume it") == 2
+    assert (tmp_path / "run.partial" / "config.yaml").read_text() == "theirs: 1"
+    for _ in range(2):
+        done = launch("--overwrite")
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.count("test part:") == 1
         assert names_in(tmp_path / "run") == names_in(trained.path)

@@ -201,12 +201,9 @@ def test_histories_may_be_cut_at_different_lengths(longest: int) -> None:
         ("all earlier items", "", "lists of A leave out all earlier items, those of B leave out nothing"),
         ("", "the history", "lists of A leave out nothing, those of B leave out the history"),
         ("the history", "the history", ""),
-        (None, "the history", ""),
     ],
 )
-def test_lists_that_leave_out_other_items_are_said_to(
-    ours: str | None, theirs: str | None, words: str
-) -> None:
+def test_lists_that_leave_out_other_items_are_said_to(ours: str, theirs: str, words: str) -> None:
     found = compare(a_run(RANKS[0], excluded=ours), a_run(RANKS[1], excluded=theirs))
     assert found.excluded == words
     facts = "90 users, 40 items" + (f"; {words}" if words else "")
@@ -216,13 +213,8 @@ def test_lists_that_leave_out_other_items_are_said_to(
 
 def test_what_lists_leave_out_comes_with_a_run(results: Path, tmp_path: Path) -> None:
     folder = a_trained_run(tmp_path / "run", RANKS[1])
-    metrics = json.loads((folder / "metrics.json").read_text())
-    for said, excluded in (
-        ({}, None),
-        ({"exclude_history": False}, ""),
-        ({"exclude_history": True}, ALL_EARLIER),
-    ):
-        (folder / "metrics.json").write_text(json.dumps({**metrics, **said}))
+    for said, excluded in (("", ""), ("exclude_history: false", ""), ("exclude_history: true", ALL_EARLIER)):
+        (folder / "config.yaml").write_text(f"training: {{{said}}}")
         assert load_run(folder).excluded == excluded
     scientific = results / "scientific"
     for stored, excluded in (
@@ -232,6 +224,9 @@ def test_what_lists_leave_out_comes_with_a_run(results: Path, tmp_path: Path) ->
     ):
         replace(a_cell("sft-unseen", 0, RANKS[0].tolist()), settings=stored).save(scientific)
         assert load_run("scientific/sft-unseen", results).excluded == excluded
+    replace(a_cell("sft-unseen", 1, RANKS[0].tolist()), settings={"exclude_history": True}).save(scientific)
+    with pytest.raises(ValueError, match=r"seeds 0 and 1 were not measured alike: one .* has no excluded"):
+        load_run("scientific/sft-unseen", results)
 
 
 def test_a_group_of_one_user_has_no_interval() -> None:
@@ -263,6 +258,7 @@ def a_trained_run(folder: Path, rank: np.ndarray, **changes: Any) -> Path:
     (folder / "metrics.json").write_text(json.dumps({"validation": part, "test": part}))
     ranks = {"validation_rank": rank.astype(np.uint8), "test_rank": rank.astype(np.uint8)}
     np.savez(folder / "users.npz", **{**ranks, **vars(ABOUT), **changes})
+    (folder / "config.yaml").write_text("training: {seed: 1}")
     return folder
 
 

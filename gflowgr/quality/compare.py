@@ -202,7 +202,7 @@ def _pairs(a: Run, b: Run) -> tuple[list[tuple[np.ndarray, np.ndarray]], str]:
 
 
 def _difference_in_lists(a: Run, b: Run) -> str:
-    if a.excluded == b.excluded or None in (a.excluded, b.excluded):
+    if a.excluded == b.excluded:
         return ""
     ours, theirs = (f"leave out {run.excluded or 'nothing'}" for run in (a, b))
     return f"lists of A {ours}, those of B {theirs}"

@@ -19,16 +19,16 @@ from gflowgr.quality.results import (
     places_of,
     save_arrays,
 )
+from gflowgr.settings import read_yaml, section
 
 if TYPE_CHECKING:
     from gflowgr.data import Split
     from gflowgr.metrics import Metrics
 
+SETTINGS = "config.yaml"
 METRICS = "metrics.json"
 # Of the recommender that ranked beside the model, in the metrics.
 TEACHER_WEIGHT = "teacher_weight"
-# Whether the lists leave out what their users took before, in the metrics.
-EXCLUDE_HISTORY = "exclude_history"
 # NDCG of the validation part by that weight, where it was chosen so.
 BY_TEACHER_WEIGHT = "validation_by_teacher_weight"
 _RANKS = ("validation_rank", "test_rank")
@@ -46,7 +46,7 @@ class RunUsers:
         test_rank: the same of the test part, (U,).
         users: about the test contexts.
         teacher_weight: of the recommender that ranked beside the model, 0 where none did.
-        exclude_history: whether lists leave out what users took before, None where nothing says so.
+        exclude_history: whether lists leave out what users took before.
     """
 
     places: int
@@ -55,7 +55,7 @@ class RunUsers:
     test_rank: np.ndarray
     users: Users
     teacher_weight: float
-    exclude_history: bool | None
+    exclude_history: bool
 
 
 def save_run_users(folder: PathLike, parts: Split, validation: Metrics, test: Metrics) -> Path:
@@ -78,7 +78,7 @@ def load_run_users(folder: PathLike) -> RunUsers:
     """Reads what `save_run_users` wrote, and checks it against the metrics beside it.
 
     Raises:
-        FileNotFoundError: the folder lacks users.npz or metrics.json.
+        FileNotFoundError: the folder lacks users.npz, metrics.json or config.yaml.
         ValueError: a file is damaged, or the two are not of one run; the message names them.
     """
     folder = Path(folder)
@@ -88,7 +88,6 @@ def load_run_users(folder: PathLike) -> RunUsers:
         stated = {part: _values(document[part]) for part in ("validation", "test")}
         num_items = int(document["test"]["num_items"])
         teacher_weight = float(document.get(TEACHER_WEIGHT, 0.0))
-        exclude_history = document.get(EXCLUDE_HISTORY)
     except (UnicodeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / METRICS}: not the metrics of a run: {error!r}") from error
     try:
@@ -102,6 +101,8 @@ def load_run_users(folder: PathLike) -> RunUsers:
     except ValueError as error:
         raise ValueError(f"{folder / USERS} and {METRICS}: {error}") from error
     ranks = arrays["validation_rank"], arrays["test_rank"]
+    training = section(read_yaml(folder / SETTINGS), "training")
+    exclude_history = bool(training.get("exclude_history", False))
     return RunUsers(places, num_items, *ranks, users, teacher_weight, exclude_history)
 
 

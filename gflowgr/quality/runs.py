@@ -11,7 +11,7 @@ import numpy as np
 from gflowgr.quality.results import PLACES, Cell, PathLike, Users, load_cells, load_users
 from gflowgr.quality.rows import ALL_EARLIER
 from gflowgr.quality.run_users import load_run_users
-from gflowgr.quality.table import RESULTS
+from gflowgr.quality.table import RESULTS, require_one_protocol
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +25,7 @@ class Run:
         places: length of the lists that ranks are places in.
         ranks: of the test targets, (U,) for each seed; a single run stands under None.
         users: about the test contexts.
-        excluded: what lists leave out, in words; "" is nothing, None unknown.
+        excluded: what lists leave out, in words, "" for nothing.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Run:
     places: int
     ranks: dict[int | None, np.ndarray]
     users: Users
-    excluded: str | None
+    excluded: str
 
 
 def load_run(run: PathLike, results: PathLike = RESULTS) -> Run:
@@ -50,7 +50,7 @@ def load_run(run: PathLike, results: PathLike = RESULTS) -> Run:
     if path.is_dir():
         kept = load_run_users(path)
         name = f"{run}, with its teacher" if kept.teacher_weight else str(run)
-        excluded = {True: ALL_EARLIER, False: "", None: None}[kept.exclude_history]
+        excluded = ALL_EARLIER if kept.exclude_history else ""
         return Run(name, None, kept.num_items, kept.places, {None: kept.test_rank}, kept.users, excluded)
     folder = Path(results) / path.parent
     if len(path.parts) != 2 or not folder.is_dir():
@@ -63,6 +63,7 @@ def load_run(run: PathLike, results: PathLike = RESULTS) -> Run:
     if not chosen:
         rows = ", ".join(dict.fromkeys(cell.row for cell in cells)) or "none"
         raise ValueError(f"no results of row {path.name!r} in {folder}, there are {rows}")
+    require_one_protocol(path.name, chosen)
     return _of_cells(str(run), chosen, folder, single=False)
 
 

@@ -138,13 +138,13 @@ def make_table(dataset: str, cells: Sequence[Cell]) -> Table:
     for cell in cells:
         rows.setdefault(cell.row, []).append(cell)
     for row, found in rows.items():
-        _require_one_protocol(row, found)
+        require_one_protocol(row, found)
     lines = [_line(row, rows) for row in sorted(rows, key=_place)]
     users, items = (cells[0].num_users, cells[0].num_items) if cells else (0, 0)
     return Table(dataset, users, items, lines)
 
 
-def _require_one_protocol(row: str, cells: Sequence[Cell]) -> None:
+def require_one_protocol(row: str, cells: Sequence[Cell]) -> None:
     """Raises ValueError where a mean would be of what was measured in different ways."""
     first = cells[0]
     for cell in cells:
