@@ -168,7 +168,7 @@ class Plan:
             return None
         options = dict(self.collaborative)
         if "path" in options:
-            return self.load_collaborative(options["path"], parts)
+            return self.load_collaborative(options["path"], parts, "collaborative.path")
         name = options.pop("model", "sasrec")
         if collaborative.MODELS[name] in collaborative.TRAINED:
             # Its fit draws random numbers on these two alone; `to` takes it elsewhere afterwards.
@@ -178,8 +178,8 @@ class Plan:
             name, parts.sequences, parts.num_items, validation=parts.validation, **{"seed": seed, **options}
         )
 
-    def load_collaborative(self, path: str | os.PathLike[str], parts: Split) -> Recommender:
-        """A saved one, which has to serve for what is planned.
+    def load_collaborative(self, path: str | os.PathLike[str], parts: Split, name: str) -> Recommender:
+        """A saved one, which has to serve for what is planned; errors call it by `name`.
 
         Raises:
             ValueError: it is of another catalogue, or no distribution where it ranks beside the model.
@@ -187,11 +187,10 @@ class Plan:
         model = collaborative.load(path)
         if model.num_items != parts.num_items:
             raise ValueError(
-                f"{os.fspath(path)} is a recommender of {model.num_items} items, needs the catalogue's "
-                f"{parts.num_items}"
+                f"{name} is a recommender of {model.num_items} items, needs the catalogue's {parts.num_items}"
             )
         if self.teacher_weight != 0:
-            check_distribution(os.fspath(path), model)
+            check_distribution(name, model)
         return model
 
     def build_reward(self, semantic_ids: SemanticIds) -> RewardModel | None:

@@ -634,7 +634,7 @@ def _fit_collaborative(
             raise RuntimeError(f"the first process gave up before {path} was there")
         time.sleep(0.5)
     if path.is_file():
-        return plan.load_collaborative(path, parts)
+        return plan.load_collaborative(path, parts, str(path))
     model = plan.build_collaborative(parts, config.seed, config.device)
     assert isinstance(model, collaborative.Recommender)
     model.save(path)

@@ -669,20 +669,18 @@ def test_two_processes_make_one_run(prepared: Path, trained: pipeline.TrainedRun
     (tmp_path / "run.partial" / "config.yaml").write_text("theirs: 1")
     refused = launch()
     assert refused.returncode != 0
-    assert refused.stderr.count("gflowgr: error: ") == 2
-    assert refused.stderr.count("holds an interrupted run; resume it") == 2
+    # The launcher may end the second process before it has said it.
+    said = refused.stderr.count("holds an interrupted run; resume it")
+    assert 1 <= said == refused.stderr.count("gflowgr: error: ")
     assert (tmp_path / "run.partial" / "config.yaml").read_text() == "theirs: 1"
-    for _ in range(2):
-        done = launch("--overwrite")
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.count("test part:") == 1
-        assert names_in(tmp_path / "run") == names_in(trained.path)
-        log = json.loads((tmp_path / "run" / pipeline.LOG).read_text())
-        losses = [
-            [entry["loss"] for entry in entries if "loss" in entry] for entries in (log, trained.history)
-        ]
-        # The mean of two processes' means, whose batches may hold different numbers of contexts.
-        assert losses[0] == pytest.approx(losses[1], rel=0.05)
+    done = launch("--overwrite")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("test part:") == 1
+    assert names_in(tmp_path / "run") == names_in(trained.path)
+    log = json.loads((tmp_path / "run" / pipeline.LOG).read_text())
+    losses = [[entry["loss"] for entry in entries if "loss" in entry] for entries in (log, trained.history)]
+    # The mean of two processes' means, whose batches may hold different numbers of contexts.
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
     assert names_in(tmp_path) & {"run", "run.partial"} == {"run"}
 
 
